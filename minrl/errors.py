@@ -1,0 +1,28 @@
+"""The errors a user can act on; the command line prints them without a traceback.
+
+Each also derives from the built-in class a caller would expect to catch.
+"""
+
+
+class MinrlError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(MinrlError, ValueError):
+    """A setting is unknown, out of range or does not fit the data; the message names the field."""
+
+
+class DatasetError(MinrlError, ValueError):
+    """A dataset is missing, malformed or refused; the message names the id, rule and place."""
+
+
+class EnvError(MinrlError, ValueError):
+    """An environment is unknown or has spaces that are not supported."""
+
+
+class CheckpointError(MinrlError, RuntimeError):
+    """A checkpoint cannot be written, or is missing, damaged or of another model."""
+
+
+class TrainingError(MinrlError, RuntimeError):
+    """Training cannot go on, for example after ten non-finite losses in a row."""
