@@ -1,0 +1,1 @@
+"""The trajectory model, its recurrent layers, training and acting."""

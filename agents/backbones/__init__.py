@@ -1,0 +1,1 @@
+"""Sequence mixers: the scan, the cells, the residual stack."""

@@ -1,0 +1,304 @@
+"""minGRU and minLSTM as layers that stand where ``nn.GRU`` and ``nn.LSTM`` stand.
+
+Same constructor, shapes and attribute names; the gates look at the input alone, so a whole sequence
+is one parallel pass ("Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1 and 3.2).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from minrl.agents.backbones.scan import CANDIDATES, gated_scan, normalised_gate
+
+
+class _MinimalRNN(nn.Module):
+    """What the two cells share: everything but the gates of one layer."""
+
+    gates: tuple[str, ...]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        candidate: str = "g",
+        learn_initial_state: bool = False,
+    ):
+        super().__init__()
+        if bidirectional or proj_size:
+            name = "bidirectional" if bidirectional else "proj_size"
+            raise ValueError(f"{type(self).__name__} acts online, step by step: no {name}")
+        if candidate not in CANDIDATES:
+            raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, size in sizes.items():
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero")
+        if not 0 <= dropout <= 1:
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an "
+                "element being zeroed"
+            )
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size = False, 0
+        self.candidate = candidate
+        options = {"device": device, "dtype": dtype}
+        rows = len(self.gates) * hidden_size
+        for layer in range(num_layers):
+            columns = input_size if layer == 0 else hidden_size
+            weight = nn.Parameter(torch.empty(rows, columns, **options))
+            setattr(self, f"weight_ih_l{layer}", weight)
+            if bias:
+                setattr(self, f"bias_ih_l{layer}", nn.Parameter(torch.empty(rows, **options)))
+        # Named bias_*, so that init loops over names set it to a constant, not orthogonal.
+        h0 = torch.empty(num_layers, hidden_size, **options) if learn_initial_state else None
+        self.register_parameter("bias_h0", None if h0 is None else nn.Parameter(h0))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights as ``nn.Linear`` does, the initial state zero (call after init loops)."""
+        for layer in range(self.num_layers):
+            weight = getattr(self, f"weight_ih_l{layer}")
+            bound = 1 / math.sqrt(weight.shape[1])
+            nn.init.uniform_(weight, -bound, bound)
+            if self.bias:
+                nn.init.uniform_(getattr(self, f"bias_ih_l{layer}"), -bound, bound)
+        if self.bias_h0 is not None:
+            nn.init.zeros_(self.bias_h0)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""
+
+    def extra_repr(self) -> str:
+        """Show the arguments that differ from their defaults, as ``nn.GRU`` does."""
+        shown = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        for name, default in {**defaults, "candidate": "g"}.items():
+            if getattr(self, name) != default:
+                shown.append(f"{name}={getattr(self, name)!r}")
+        return ", ".join(shown)
+
+    def initial_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the state before a sequence starts, (num_layers, B, H): learned, else zeros."""
+        weight = self.weight_ih_l0
+        if self.bias_h0 is not None:
+            state = self.bias_h0.unsqueeze(1).expand(-1, batch_size, -1)
+            return state.to(device=device or weight.device, dtype=dtype or _state_type(weight))
+        return torch.zeros(
+            self.num_layers,
+            batch_size,
+            self.hidden_size,
+            device=device or weight.device,
+            dtype=dtype or _state_type(weight),
+        )
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run whole sequences in parallel.
+
+        Args:
+            input: (T, B, F), with ``batch_first`` (B, T, F), unbatched (T, F), or packed.
+            hx: State before the first step, (num_layers, B, H), unbatched (num_layers, H).
+            resets: bool, shaped like the input without F; True where a new sequence starts: the
+                state is set back to ``initial_state`` before that step.
+            mask: bool, likewise; where False the step is not valid: the state is carried over it,
+                and its input may be anything, NaN included.
+
+        Returns:
+            The top layer's states, shaped like the input, and the last valid state of every layer,
+            (num_layers, B, H), in float32 or wider so that a split sequence loses nothing.
+
+        Raises:
+            RuntimeError: If a shape does not fit, in the words of ``nn.GRU``.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, resets, mask)
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+            )
+        batched = input.dim() == 3
+        if hx is not None and hx.dim() != input.dim():
+            kind, wanted = ("batched 3-D", "3-D") if batched else ("unbatched 2-D", "2-D")
+            raise RuntimeError(
+                f"For {kind} input, hx should also be {wanted} but got {hx.dim()}-D tensor"
+            )
+        time_axis = 1 if self.batch_first and batched else 0
+        if not batched:
+            input, hx = input.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
+            resets, mask = (None if flag is None else flag.unsqueeze(1) for flag in (resets, mask))
+        if time_axis == 0:
+            input = input.transpose(0, 1)
+            resets, mask = (None if flag is None else flag.t() for flag in (resets, mask))
+        output, h_n = self._forward_batch_first(input, hx, resets, mask)
+        if time_axis == 0:
+            output = output.transpose(0, 1)
+        return (output, h_n) if batched else (output.squeeze(1), h_n.squeeze(1))
+
+    def step(
+        self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Advance one step: ``forward`` with T = 1.
+
+        Args:
+            x: (B, F).
+            h: State, (num_layers, B, H); the initial state if not given.
+            reset: (B,) bool; True rows start a new sequence at this step.
+
+        Returns:
+            The output (B, H) and the new state (num_layers, B, H).
+        """
+        flags = None if reset is None else reset.unsqueeze(1)
+        output, h = self._forward_batch_first(x.unsqueeze(1), h, flags, None)
+        return output.squeeze(1), h
+
+    def _forward_batch_first(
+        self, x: Tensor, hx: Tensor | None, resets: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, _, features = x.shape  # B T F
+        if features != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {features}"
+            )
+        first = self.initial_state(batch) if hx is None else hx
+        if first.shape != (self.num_layers, batch, self.hidden_size):
+            expected = (self.num_layers, batch, self.hidden_size)
+            raise RuntimeError(f"Expected hidden size {expected}, got {list(first.shape)}")
+        if mask is not None:  # not a product: 0 * NaN is NaN in the backward pass
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        last = []
+        for layer in range(self.num_layers):
+            bias = getattr(self, f"bias_ih_l{layer}") if self.bias else None
+            projected = nn.functional.linear(x, getattr(self, f"weight_ih_l{layer}"), bias)
+            x, h = gated_scan(
+                **self._gate_inputs(projected.chunk(len(self.gates), dim=-1)),
+                initial_state=first[layer],
+                activation=self.candidate,
+                resets=resets,
+                reset_state=None if self.bias_h0 is None else self.bias_h0[layer],
+                mask=mask,
+            )
+            last.append(h)
+            if layer < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+        return x, torch.stack(last)
+
+    def _forward_packed(
+        self,
+        packed: PackedSequence,
+        hx: Tensor | None,
+        resets: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[PackedSequence, Tensor]:
+        if resets is not None or mask is not None:
+            raise ValueError("a PackedSequence has its own lengths: pass no resets and no mask")
+        x, lengths = pad_packed_sequence(packed, batch_first=True)
+        valid = torch.arange(x.shape[1]) < lengths.unsqueeze(1)
+        output, h_n = self._forward_batch_first(x, hx, None, valid.to(x.device))
+        in_order = packed.sorted_indices is None
+        return pack_padded_sequence(output, lengths, True, enforce_sorted=in_order), h_n
+
+    def _gate_inputs(self, projected: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class MinGRU(_MinimalRNN):
+    """minGRU: h_t = (1 - z_t) h_{t-1} + z_t g(c_t), z_t = sigmoid(W_z x_t), c_t = W_c x_t.
+
+    Takes the arguments of ``nn.GRU``; those it has no meaning for are refused. The rows of
+    ``weight_ih_l*`` are the update gate's, then the candidate's.
+
+    Args:
+        input_size: Features of the input, F.
+        hidden_size: Features of the state, H.
+        num_layers: Layers on top of each other.
+        bias: Whether the projections have a bias.
+        batch_first: Whether input and output are (B, T, .) rather than (T, B, .).
+        dropout: On the output of each layer but the last, in training.
+        bidirectional: Refused.
+        proj_size: Refused.
+        device: As in any module.
+        dtype: Likewise.
+        candidate: "g" keeps the state positive (the paper's), "identity" or "tanh"
+            (tanh: GILR, Martin & Cundy, arXiv 1709.04057).
+        learn_initial_state: Whether the state before a sequence is a parameter rather than zero.
+    """
+
+    gates = ("update", "candidate")
+
+    def _gate_inputs(self, projected: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        update, candidate = projected
+        return {"update": update, "candidate": candidate}
+
+
+class MinLSTM(_MinimalRNN):
+    """minLSTM: h_t = f_t h_{t-1} + i_t g(c_t), with f and i divided by f + i if ``normalize``.
+
+    Takes the arguments of ``nn.LSTM``, but has one state, not (h, c). The rows of ``weight_ih_l*``
+    are the forget gate's, the input gate's, then the candidate's.
+
+    Args:
+        input_size: Features of the input, F.
+        hidden_size: Features of the state, H.
+        num_layers: Layers on top of each other.
+        bias: Whether the projections have a bias.
+        batch_first: Whether input and output are (B, T, .) rather than (T, B, .).
+        dropout: On the output of each layer but the last, in training.
+        bidirectional: Refused.
+        proj_size: Refused.
+        device: As in any module.
+        dtype: Likewise.
+        normalize: The paper's equations if True; the configuration its code was released with,
+            where f + i is not 1 and the state can grow, if False.
+        forget_bias: Added to the forget gate's bias at the start; 3 in the released code.
+        candidate: As in :class:`MinGRU`.
+        learn_initial_state: As in :class:`MinGRU`.
+    """
+
+    gates = ("forget", "input", "candidate")
+
+    def __init__(self, *args, normalize: bool = True, forget_bias: float = 3.0, **kwargs):
+        self.normalize, self.forget_bias = normalize, forget_bias
+        super().__init__(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, then add ``forget_bias`` to the forget gate's bias."""
+        super().reset_parameters()
+        if self.bias:
+            with torch.no_grad():
+                for layer in range(self.num_layers):
+                    bias = getattr(self, f"bias_ih_l{layer}")
+                    bias[: self.hidden_size] += self.forget_bias
+
+    def _gate_inputs(self, projected: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        forget, input_gate, candidate = projected
+        if self.normalize:
+            return {"update": normalised_gate(forget, input_gate), "candidate": candidate}
+        return {"update": input_gate, "candidate": candidate, "forget": forget}
+
+
+def _state_type(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,345 @@
+"""A trained trajectory model that acts, one step at a time, with a recurrent state."""
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minrl.agents.backbones.blocks import State
+from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights, write_atomically
+from minrl.agents.trajectory import TrajectoryModel
+from minrl.errors import CheckpointError
+
+SINGLE_THREAD_BELOW = 256
+
+
+@dataclass
+class AgentState:
+    """All that an agent carries from step to step, for B environments.
+
+    Its size does not depend on how many steps were taken.
+
+    Attributes:
+        model: The model's state, tensors of (B, ...).
+        returns_to_go: What is still asked for, (B,) float64, in reward units.
+        timesteps: Step in the episode, (B,) int64; -1 before the first.
+        window: The last steps, if the state is rebuilt from them now and then.
+    """
+
+    model: State
+    returns_to_go: np.ndarray
+    timesteps: np.ndarray
+    window: "RecentSteps | None" = None
+
+
+class DecisionAgent:
+    """Acts in B environments at once; each asks for its own return and is reset on its own.
+
+    Args:
+        model: The trained model.
+        target_return: Return asked for, in reward units, unless ``reset`` is given another.
+        refresh_every: Rebuild the recurrent state from the last ``context`` steps each time an
+            episode has gone on for this many steps: 0 never (recurrent acting, cost per step
+            independent of any window), 1 at every step (windowed acting, like a Transformer's).
+        context: Steps of that window.
+        info: Kept with the weights when saved: dataset, training configuration and so on.
+    """
+
+    def __init__(
+        self,
+        model: TrajectoryModel,
+        *,
+        target_return: float,
+        refresh_every: int = 0,
+        context: int = 20,
+        info: dict | None = None,
+    ):
+        self.model = model.eval()
+        self.target_return, self.refresh_every, self.context = target_return, refresh_every, context
+        self.info = info or {}
+        self.device = model.action_low.device
+        self._state: AgentState | None = None
+        self._starts = np.ones(0, dtype=bool)
+        self._targets = np.zeros(0)
+        self._watched_rewards: np.ndarray | None = None
+
+    def reset(
+        self,
+        mask: np.ndarray | None = None,
+        *,
+        target_return: float | None = None,
+        num_envs: int | None = None,
+    ) -> None:
+        """Start new episodes at the next ``act``.
+
+        Args:
+            mask: (B,) bool, True for the environments that start anew; all by default.
+            target_return: Return to ask of them, in reward units; by default the agent's own.
+            num_envs: B, where it is not known yet and ``mask`` is not given.
+        """
+        if mask is None:
+            batch = num_envs or max(len(self._starts), 1)
+            mask = np.ones(batch, dtype=bool)
+        mask = np.asarray(mask, dtype=bool)
+        if len(mask) != len(self._starts):
+            self._resize(len(mask))
+        self._starts = self._starts | mask
+        self._targets[mask] = self.target_return if target_return is None else target_return
+
+    def act(
+        self, observations: np.ndarray, rewards: np.ndarray | float | None = None
+    ) -> np.ndarray:
+        """Return the actions for one step of B environments.
+
+        Args:
+            observations: (B, O), or (O,) for one environment.
+            rewards: Of the step before, (B,) or a number; not needed where an episode starts.
+
+        Returns:
+            Actions (B, A), or (A,), float32, inside the bounds of the action space.
+
+        Raises:
+            ValueError: If an observation or reward is not finite or has the wrong shape.
+        """
+        observations = np.asarray(observations, dtype=np.float32)
+        if observations.ndim == 1:
+            return self.act(observations[None], None if rewards is None else [rewards])[0]
+        batch = len(observations)
+        if batch != len(self._starts):
+            self._resize(batch)
+        if self._state is None:
+            self._state = self._fresh_state(batch)
+        actions, self._state = self._advance(
+            self._state, observations, rewards, self._starts, self._targets
+        )
+        self._starts = np.zeros(batch, dtype=bool)
+        return actions
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: AgentState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, AgentState]:
+        """Act with Stable-Baselines3's signature, for its ``evaluate_policy`` and such.
+
+        SB3 does not pass rewards: give its ``evaluate_policy`` ``callback=agent.watch_rewards``, or
+        the agent goes on asking for the whole target return at every step.
+
+        Args:
+            observation: (B, O) or (O,).
+            state: What the call before returned.
+            episode_start: (B,) bool.
+            deterministic: Ignored; the model's action is one value, not a distribution.
+        """
+        observation = np.asarray(observation, dtype=np.float32)
+        if observation.ndim == 1:
+            actions, state = self.predict(observation[None], state, episode_start, deterministic)
+            return actions[0], state
+        batch = len(observation)
+        if state is None:
+            state, starts = self._fresh_state(batch), np.ones(batch, dtype=bool)
+            self._watched_rewards = None
+        else:
+            starts = np.broadcast_to(np.asarray(episode_start, dtype=bool), batch)
+        rewards = np.zeros(batch) if self._watched_rewards is None else self._watched_rewards
+        targets = np.full(batch, float(self.target_return))
+        return self._advance(state, observation, rewards, starts, targets)
+
+    def watch_rewards(self, local_variables: dict[str, Any], _global_variables: Any) -> None:
+        """Take the rewards of the last step from ``evaluate_policy``; pass it as ``callback``."""
+        self._watched_rewards = np.array(local_variables["rewards"], dtype=np.float64)
+
+    def save(self, path: Path | str) -> None:
+        """Write one .safetensors file that :meth:`load` needs nothing else for."""
+        write_atomically(Path(path), pack_weights(self.model.state_dict(), self.header()))
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        checkpoint: str = "last",
+        device: torch.device | str = "cpu",
+    ) -> "DecisionAgent":
+        """Load an agent from a .safetensors file, or the "last" or "best" of a run's folder.
+
+        Raises:
+            CheckpointError: If there is none, or it is damaged or does not fit this version.
+        """
+        path = Path(path)
+        if path.is_dir():
+            folder = CheckpointFolder(path / "checkpoints" if path.name != "checkpoints" else path)
+            path = folder.weights(folder.best() if checkpoint == "best" else folder.last())
+        tensors, header = load_weights(path)
+        try:
+            acting = header.pop("acting")
+            model = TrajectoryModel.from_description(header.pop("model"))
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not fit this version of minrl: {error}") from error
+        return cls(model.to(device), **acting, info=header)
+
+    def header(self) -> dict:
+        """Return what a checkpoint says about this agent besides its weights."""
+        return {
+            **self.info,
+            "model": self.model.describe(),
+            "acting": {
+                "target_return": self.target_return,
+                "refresh_every": self.refresh_every,
+                "context": self.context,
+            },
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+
+    def _resize(self, batch: int) -> None:
+        """Start anew with another number of environments, asking what one ``reset`` asked for."""
+        target = self._targets[0] if len(self._targets) == 1 else self.target_return
+        self._state = None
+        self._starts, self._targets = np.ones(batch, dtype=bool), np.full(batch, float(target))
+
+    def _fresh_state(self, batch: int) -> AgentState:
+        window = None
+        if self.refresh_every:
+            window = RecentSteps(self.model, batch, self.context)
+        with torch.inference_mode():
+            model_state = self.model.initial_state(batch)
+        return AgentState(model_state, np.zeros(batch), np.full(batch, -1), window)
+
+    @torch.inference_mode()
+    def _advance(
+        self,
+        state: AgentState,
+        observations: np.ndarray,
+        rewards: Any,
+        starts: np.ndarray,
+        targets: np.ndarray,
+    ) -> tuple[np.ndarray, AgentState]:
+        """Return the actions and the state after them; a pure function but for the window."""
+        batch = len(observations)
+        if observations.shape != (batch, self.model.observation_size):
+            raise ValueError(
+                f"the agent was trained on {self.model.observation_size} observations, not "
+                f"{observations.shape[1:]}"
+            )
+        if not np.isfinite(observations).all():
+            row = int(np.argmin(np.isfinite(observations).all(axis=1)))
+            raise ValueError(f"the observation of environment {row} is not finite")
+        returns_to_go = targets.copy()
+        if not starts.all():
+            if rewards is None:
+                raise ValueError(
+                    "act needs the reward of the step before: act(observation, reward)"
+                )
+            rewards = np.broadcast_to(np.asarray(rewards, dtype=np.float64), batch)
+            if not np.isfinite(rewards[~starts]).all():
+                raise ValueError("a reward is not finite")
+            returns_to_go[~starts] = (state.returns_to_go - rewards)[~starts]
+        timesteps = np.where(starts, 0, state.timesteps + 1)
+        inputs = [
+            torch.from_numpy(np.asarray(value, dtype=dtype)).to(self.device)
+            for value, dtype in (
+                (observations, np.float32),
+                (returns_to_go, np.float32),
+                (timesteps, np.int64),
+            )
+        ]
+        reset = torch.from_numpy(starts).to(self.device) if starts.any() else None
+        with _few_threads(batch):
+            predicted, model_state = self.model.step(*inputs, state.model, reset)
+            if state.window is not None:
+                state.window.append(*inputs, state.model[-1], starts)
+                due = (timesteps > 0) & (timesteps % self.refresh_every == 0)
+                predicted, model_state = state.window.refresh(
+                    self.model, due, predicted, model_state
+                )
+        actions = torch.clamp(predicted, self.model.action_low, self.model.action_high)
+        model_state = (*model_state[:-1], actions)
+        return actions.cpu().numpy(), AgentState(
+            model_state, returns_to_go, timesteps, state.window
+        )
+
+
+@contextlib.contextmanager
+def _few_threads(batch: int) -> Iterator[None]:
+    """Compute small batches on one CPU thread.
+
+    Handing out work this small costs more than it saves, and where other processes compete for the
+    cores it costs 50 times as much (measured: 51 ms a step instead of 1).
+    """
+    before = torch.get_num_threads()
+    if batch < SINGLE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class RecentSteps:
+    """The last ``context`` steps of each of B episodes, to rebuild recurrent states from."""
+
+    def __init__(self, model: TrajectoryModel, batch: int, context: int):
+        zeros = model.action_low.new_zeros
+        self.observations = zeros(batch, context, model.observation_size)
+        self.actions = zeros(batch, context, model.action_size)
+        self.returns_to_go = zeros(batch, context)
+        self.timesteps = zeros(batch, context, dtype=torch.long)
+        self.lengths = zeros(batch, dtype=torch.long)
+        self.rows = torch.arange(batch, device=self.lengths.device)
+
+    def append(
+        self,
+        observations: Tensor,
+        returns_to_go: Tensor,
+        timesteps: Tensor,
+        previous_actions: Tensor,
+        starts: np.ndarray,
+    ) -> None:
+        """Add one step; ``previous_actions`` (B, A) belong to the step before it."""
+        context = self.observations.shape[1]
+        going_on = torch.from_numpy(~starts).to(self.lengths.device)
+        before = self.rows[going_on]
+        self.actions[before, self.lengths[before] - 1] = previous_actions[before]
+        self.lengths = torch.where(going_on, self.lengths, 0)
+        full = self.lengths == context
+        for kept in (self.observations, self.actions, self.returns_to_go, self.timesteps):
+            kept[full, :-1] = kept[full, 1:].clone()
+        self.lengths = self.lengths.clamp(max=context - 1) + 1
+        last = self.lengths - 1
+        self.observations[self.rows, last] = observations
+        self.returns_to_go[self.rows, last] = returns_to_go
+        self.timesteps[self.rows, last] = timesteps
+
+    def refresh(
+        self, model: TrajectoryModel, due: np.ndarray, predicted: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """Return ``predicted`` and ``state`` with the rows that are ``due`` rebuilt from here."""
+        if not due.any():
+            return predicted, state
+        rows = self.rows[torch.from_numpy(due).to(self.rows.device)]
+        lengths = self.lengths[rows]
+        longest = int(lengths.max())
+        steps = torch.arange(longest, device=rows.device)
+        every, rebuilt = model(
+            self.observations[rows, :longest],
+            self.actions[rows, :longest],
+            self.returns_to_go[rows, :longest],
+            self.timesteps[rows, :longest],
+            mask=steps < lengths.unsqueeze(1),
+        )
+        last = every[torch.arange(len(rows), device=rows.device), lengths - 1]
+        predicted = predicted.index_copy(0, rows, last)
+        state = tuple(
+            old.index_copy(0, rows, new.to(old.dtype))
+            for old, new in zip(state, rebuilt, strict=True)
+        )
+        return predicted, state

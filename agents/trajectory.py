@@ -1,0 +1,297 @@
+"""The trajectory model: return, observation and action tokens through a recurrent backbone.
+
+Decision Mamba's layout (arXiv 2403.19925, after Decision Transformer, arXiv 2106.01345) with a
+minimal RNN as the mixer. All inputs and outputs are in the environment's units: the model holds
+the normalisation of observations, the scale of returns and the bounds of actions.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minrl.agents.backbones.blocks import MIXERS, Backbone, State
+from minrl.agents.backbones.scan import CANDIDATES
+
+TOKENS = ("interleaved", "joint")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a :class:`TrajectoryModel`."""
+
+    backbone: str = "mingru"
+    """Sequence mixer: mingru or minlstm."""
+    tokens: str = "interleaved"
+    """interleaved: return, observation and action are tokens of their own, as in the paper;
+    joint: one token a step, about 2.5 times faster to train."""
+    width: int = 64
+    """Features of a token."""
+    num_layers: int = 3
+    """Residual blocks."""
+    expansion: int = 1
+    """Hidden channels of the recurrent cell per feature."""
+    mlp_ratio: int = 4
+    """Hidden features of the MLP per feature; 0 leaves the MLP out."""
+    dropout: float = 0.1
+    """On embedded tokens, after mixers and after MLPs."""
+    convolution: int = 0
+    """Kernel size of a causal convolution before each mixer; 0 leaves it out."""
+    candidate: str = "g"
+    """What the cell's candidate passes through: g (the paper's), identity or tanh."""
+    normalize: bool = True
+    """minlstm only: divide the gates by their sum (the paper's equations; its released code
+    does not)."""
+    forget_bias: float = 3.0
+    """minlstm only: added to the forget gate's bias at the start."""
+    max_timestep: int = 1000
+    """Timesteps with an embedding of their own; later ones share the last."""
+    return_scale: float = 1000.0
+    """Returns-to-go are divided by this."""
+
+    def problems(self) -> list[str]:
+        """Return what is impossible in this configuration, naming field and range."""
+        found = [
+            f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
+            for name, allowed in (
+                ("backbone", MIXERS),
+                ("tokens", TOKENS),
+                ("candidate", CANDIDATES),
+            )
+            if getattr(self, name) not in allowed
+        ]
+        for name, least in (
+            ("width", 1),
+            ("num_layers", 1),
+            ("expansion", 1),
+            ("mlp_ratio", 0),
+            ("convolution", 0),
+            ("max_timestep", 1),
+        ):
+            if getattr(self, name) < least:
+                found.append(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.return_scale <= 0:
+            found.append(f"return_scale must be positive, not {self.return_scale}")
+        return found
+
+
+class TrajectoryModel(nn.Module):
+    """Predict each action from the returns-to-go, observations and actions up to it.
+
+    Tokens of step t are (a_{t-1}, R_t, s_t), the previous action first, so that one call per step
+    is all it takes online; without a previous action (the start of a sequence) its token is left
+    out, and the sequence reads R_0 s_0 a_0 R_1 s_1 ... as in the papers. Each embedding is a linear
+    map plus the embedding of its timestep, followed by LayerNorm and dropout; the action comes from
+    the state token through LayerNorm, a linear map and tanh, scaled to the bounds.
+
+    The state is a tuple of (B, ...) tensors: the backbone's, then the last action, (B, A).
+
+    Args:
+        observation_size: O.
+        action_size: A.
+        config: Everything else.
+    """
+
+    def __init__(self, observation_size: int, action_size: int, config: ModelConfig | None = None):
+        super().__init__()
+        self.config = config = config or ModelConfig()
+        self.observation_size, self.action_size = observation_size, action_size
+        options = {"candidate": config.candidate}
+        if config.backbone == "minlstm":
+            options |= {"normalize": config.normalize, "forget_bias": config.forget_bias}
+        self.embed_return = nn.Linear(1, config.width)
+        self.embed_observation = nn.Linear(observation_size, config.width)
+        # Without a bias a joint token shows "no action yet" and the middle of the range as zero.
+        self.embed_action = nn.Linear(
+            action_size, config.width, bias=config.tokens == "interleaved"
+        )
+        self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
+        nn.init.normal_(self.embed_timestep.weight, std=0.02)
+        self.embedding_norm = nn.LayerNorm(config.width)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.backbone = Backbone(
+            config.width,
+            config.num_layers,
+            config.backbone,
+            expansion=config.expansion,
+            mlp_ratio=config.mlp_ratio,
+            dropout=config.dropout,
+            convolution=config.convolution,
+            **options,
+        )
+        self.output_norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, action_size)
+        self.register_buffer("observation_mean", torch.zeros(observation_size))
+        self.register_buffer("observation_std", torch.ones(observation_size))
+        self.register_buffer("action_low", -torch.ones(action_size))
+        self.register_buffer("action_high", torch.ones(action_size))
+
+    def describe(self) -> dict:
+        """Return what :meth:`from_description` needs to build the same (untrained) model."""
+        return {
+            "observation_size": self.observation_size,
+            "action_size": self.action_size,
+            "config": asdict(self.config),
+        }
+
+    @classmethod
+    def from_description(cls, description: dict) -> "TrajectoryModel":
+        """Build the model that :meth:`describe` described."""
+        return cls(
+            description["observation_size"],
+            description["action_size"],
+            ModelConfig(**description["config"]),
+        )
+
+    def initial_state(self, batch_size: int) -> State:
+        """Return the state before an episode: the learned one, and no action (mid-range)."""
+        no_action = self._action_range()[0].expand(batch_size, -1)
+        return (*self.backbone.initial_state(batch_size), no_action)
+
+    def forward(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        returns_to_go: Tensor,
+        timesteps: Tensor,
+        *,
+        state: State | None = None,
+        resets: Tensor | None = None,
+        mask: Tensor | None = None,
+        action_dropout: float = 0.0,
+    ) -> tuple[Tensor, State]:
+        """Predict the action of every step of a batch of sequences, in parallel.
+
+        Args:
+            observations: (B, T, O).
+            actions: The actions taken, (B, T, A); a_t is seen only after step t.
+            returns_to_go: Sum of rewards from step t on, (B, T).
+            timesteps: Step in the episode, (B, T) integer.
+            state: From the call before, to go on where it ended; a new sequence if not given.
+            resets: (B, T) bool, True where a new episode starts at that step.
+            mask: (B, T) bool, False where a step is not valid; its inputs may be anything.
+            action_dropout: Chance to hide each previous action from the model, in training.
+
+        Returns:
+            Predicted actions, (B, T, A), and the state after the last valid step.
+        """
+        if mask is not None:
+            observations = observations.masked_fill(~mask.unsqueeze(-1), 0.0)
+            actions = actions.masked_fill(~mask.unsqueeze(-1), 0.0)
+            returns_to_go = returns_to_go.masked_fill(~mask, 0.0)
+            timesteps = timesteps.masked_fill(~mask, 0)
+        if state is None:
+            *backbone_state, last_action = self.initial_state(observations.shape[0])
+        else:
+            *backbone_state, last_action = state
+        taken = _actions_before(actions, last_action.to(actions.dtype), mask)
+        tokens = self._embed(
+            observations, taken[:, :-1], returns_to_go, timesteps, resets, action_dropout
+        )
+        # Without a past, the sequence starts at the first return: no action token before it.
+        skip = 1 if state is None and self.config.tokens == "interleaved" else 0
+        hidden, after = self.backbone(
+            tokens[:, skip:],
+            tuple(backbone_state),
+            resets=None if resets is None else self._spread(resets, start_only=True)[:, skip:],
+            mask=None if mask is None else self._spread(mask)[:, skip:],
+        )
+        if self.config.tokens == "interleaved":
+            hidden = hidden[:, 2 - skip :: 3]  # the state tokens
+        predicted = torch.tanh(self.head(self.output_norm(hidden)))
+        return self._scale(predicted), (*after, taken[:, -1])
+
+    def step(
+        self,
+        observation: Tensor,
+        return_to_go: Tensor,
+        timestep: Tensor,
+        state: State,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Predict one action and advance the state; ``forward`` with T = 1.
+
+        Args:
+            observation: (B, O).
+            return_to_go: (B,).
+            timestep: (B,) integer.
+            state: From the step before, or ``initial_state(B)``. Its last tensor is the action
+                taken at the step before; replace it if the caller changed the action.
+            reset: (B,) bool, True where an episode starts at this step.
+
+        Returns:
+            The action (B, A) and the state, whose last tensor is that action.
+        """
+        unseen = state[-1].unsqueeze(1)  # in place of a_t, which only later steps would see
+        predicted, after = self(
+            observation.unsqueeze(1),
+            unseen,
+            return_to_go.unsqueeze(1),
+            timestep.unsqueeze(1),
+            state=state,
+            resets=None if reset is None else reset.unsqueeze(1),
+        )
+        action = predicted.squeeze(1)
+        return action, (*after[:-1], action)
+
+    def _embed(
+        self,
+        observations: Tensor,
+        previous: Tensor,
+        returns_to_go: Tensor,
+        timesteps: Tensor,
+        resets: Tensor | None,
+        action_dropout: float,
+    ) -> Tensor:
+        batch, length, _ = observations.shape
+        last = self.config.max_timestep - 1
+        now = self.embed_timestep(timesteps.clamp(0, last))  # B T D
+        before = self.embed_timestep((timesteps - 1).clamp(0, last))
+        seen = self.embed_action(self._unscale(previous))
+        if self.training and action_dropout:
+            hidden = torch.rand(batch, length, 1, device=seen.device) < action_dropout
+            seen = seen.masked_fill(hidden, 0.0)
+        returns = self.embed_return(returns_to_go.unsqueeze(-1) / self.config.return_scale)
+        normalised = (observations - self.observation_mean) / self.observation_std
+        observed = self.embed_observation(normalised)
+        if self.config.tokens == "joint":
+            if resets is not None:
+                seen = seen.masked_fill(resets.unsqueeze(-1), 0.0)
+            tokens = seen + returns + observed + now
+        else:
+            tokens = torch.stack([seen + before, returns + now, observed + now], dim=2).flatten(
+                1, 2
+            )
+        return self.embedding_dropout(self.embedding_norm(tokens))
+
+    def _spread(self, flags: Tensor, start_only: bool = False) -> Tensor:
+        """Spread flags of steps, (B, T), over their tokens; a start is at the return's token."""
+        if self.config.tokens == "joint":
+            return flags
+        action_flags = torch.zeros_like(flags) if start_only else flags
+        observation_flags = action_flags
+        return torch.stack([action_flags, flags, observation_flags], dim=2).flatten(1, 2)
+
+    def _scale(self, normalised: Tensor) -> Tensor:
+        middle, reach = self._action_range()
+        return middle + reach * normalised
+
+    def _unscale(self, actions: Tensor) -> Tensor:
+        middle, reach = self._action_range()
+        return (actions - middle) / reach
+
+    def _action_range(self) -> tuple[Tensor, Tensor]:
+        return (self.action_low + self.action_high) / 2, (self.action_high - self.action_low) / 2
+
+
+def _actions_before(actions: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the last valid action before each step and after the last one, (B, T + 1, A)."""
+    every = torch.cat([before.unsqueeze(1), actions], dim=1)
+    if mask is None:
+        return every
+    steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = torch.where(mask, steps, 0).cummax(1).values  # B T, 0 where none is valid yet
+    last = nn.functional.pad(last, (1, 0)).unsqueeze(-1)
+    return every.gather(1, last.expand_as(every))
