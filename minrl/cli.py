@@ -1,0 +1,113 @@
+"""The ``minrl`` command: each subcommand is one file of ``minrl.scripts``, imported when used."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minrl import __version__
+from minrl.errors import MinrlError
+
+COMMANDS = {
+    "train": "train on offline data, evaluate, leave a run folder",
+    "evaluate": "evaluate a trained run: returns, normalised scores, video",
+    "datasets": "make, list, inspect, and import-d4rl datasets",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"minrl {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"minrl: error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    warnings.showwarning = _show_warning
+    try:
+        _RUN[command](rest)
+    except MinrlError as error:
+        print(f"minrl: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minrl: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """Return the list of commands."""
+    lines = [f"  minrl {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: minrl COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "minrl COMMAND --help explains each option.",
+        ]
+    )
+
+
+def _train(arguments: list[str]) -> None:
+
+    from minrl.scripts.run_folder import RunFolder
+    from minrl.scripts.train import train
+    from minrl.scripts.train_config import PRESETS, TrainConfig
+
+    # What the flags not given stand at depends on these three, so they are looked at first.
+    resume = _value_of("--resume", arguments)
+    preset = PRESETS.get(_value_of("--preset", arguments) or "quick", PRESETS["quick"])
+    if resume:
+        base = RunFolder(resume).read_config()
+    else:
+        dataset = _value_of("--dataset", arguments)
+        base = preset((dataset,)) if dataset else preset()
+
+    def run(config: TrainConfig = base, resume: Path | None = None) -> None:
+        train(base.continued_with(config) if resume else config, resume)
+
+    run.__doc__ = train.__doc__
+    _call(run, "train", arguments)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from minrl.scripts.evaluate import evaluate_command
+
+    _call(evaluate_command, "evaluate", arguments)
+
+
+def _datasets(arguments: list[str]) -> None:
+    import tyro
+
+    datasets = importlib.import_module("minrl.scripts.datasets")
+    tyro.extras.subcommand_cli_from_dict(datasets.COMMANDS, prog="minrl datasets", args=arguments)
+
+
+_RUN = {"train": _train, "evaluate": _evaluate, "datasets": _datasets}
+
+
+def _call(function: Any, command: str, arguments: list[str]) -> None:
+    import tyro
+
+    tyro.cli(function, prog=f"minrl {command}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"minrl: warning: {message}", file=file or sys.stderr)

@@ -1,0 +1,196 @@
+"""``minrl evaluate``: a trained run in its environment, every target, last and best checkpoint."""
+
+import json
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from minrl.agents.decision_agent import DecisionAgent
+from minrl.envs.make import check_spaces, make_env
+from minrl.envs.rollout import Evaluation, evaluate
+from minrl.errors import ConfigError
+from minrl.scripts.plots import plot_target_vs_return
+from minrl.scripts.recorder import FINAL_SEED
+from minrl.scripts.run_folder import RunFolder
+
+SWEEP_TARGETS, SWEEP_EPISODES = 6, 10
+CHECKPOINTS = ("both", "last", "best")
+
+
+def evaluate_command(
+    run: Path,
+    /,
+    episodes: int = 100,
+    targets: tuple[float, ...] = (),
+    checkpoint: str = "both",
+    environment: str | None = None,
+    seed: int = FINAL_SEED,
+    num_envs: int | None = None,
+    refresh_every: int | None = None,
+    device: str = "cpu",
+    video: Path | None = None,
+) -> None:
+    """Evaluate a trained run: returns and normalised scores of its last and best checkpoints.
+
+    Args:
+        run: Folder of the run.
+        episodes: For each target and checkpoint.
+        targets: Returns to ask for; by default those of the run.
+        checkpoint: last, best or both. Best is the one with the highest return at the first target
+            while training, on other start states than these.
+        environment: Gymnasium id; by default the one the run was trained for.
+        seed: Of the start states; the same seed gives the same numbers.
+        num_envs: Environments stepped together.
+        refresh_every: Rebuild the recurrent state from the last context steps this often: 0 never,
+            1 at every step (windowed acting); by default as the run was trained to.
+        device: cpu, cuda ...
+        video: Write one episode at the first target to this .mp4 or .gif file.
+    """
+    evaluate_run(
+        run,
+        episodes=episodes,
+        targets=targets,
+        checkpoint=checkpoint,
+        environment=environment,
+        seed=seed,
+        num_envs=num_envs,
+        refresh_every=refresh_every,
+        device=device,
+    )
+    if video is not None:
+        from minrl.envs.video import record_video
+
+        agent, environment = load_agent(run, "last", environment, refresh_every, device)
+        target = targets[0] if targets else agent.target_return
+        record_video(agent, environment, video, target_return=target, seed=seed)
+        print(f"video of one episode at target {target:g}: {video}")
+
+
+def evaluate_run(
+    run: Path | str,
+    *,
+    episodes: int = 100,
+    targets: tuple[float, ...] = (),
+    checkpoint: str = "both",
+    environment: str | None = None,
+    seed: int = FINAL_SEED,
+    num_envs: int | None = None,
+    refresh_every: int | None = None,
+    device: str = "cpu",
+) -> list[Evaluation]:
+    """Evaluate checkpoints of a run, print the table, and append to evaluations.jsonl.
+
+    See :func:`evaluate_command` for the arguments.
+
+    Raises:
+        ConfigError: If a value is impossible or the environment is of other sizes.
+        CheckpointError: If there is no sound checkpoint.
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise ConfigError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, not {checkpoint!r}")
+    if episodes < 1:
+        raise ConfigError(f"episodes must be at least 1, not {episodes}")
+    folder = RunFolder(run)
+    targets = targets or folder.read_config().targets
+    names = ("last", "best") if checkpoint == "both" else (checkpoint,)
+    agents = {name: load_agent(run, name, environment, refresh_every, device) for name in names}
+    evaluations, shown = [], {}
+    print(TABLE_HEAD)
+    for name, (agent, environment_id) in agents.items():
+        step = agent.info["step"]
+        if step in shown:
+            print(f"{name:<5} {step:>7}  the same checkpoint as {shown[step]}")
+            continue
+        shown[step] = name
+        for target in targets:
+            with tqdm(
+                total=episodes, unit="episode", desc=f"{name} {target:g}", leave=False
+            ) as bar:
+                evaluation = evaluate(
+                    agent,
+                    environment_id,
+                    episodes=episodes,
+                    target_return=target,
+                    seed=seed,
+                    num_envs=num_envs,
+                    on_episode=lambda *_, bar=bar: bar.update(),
+                )
+            print(table_row(name, step, evaluation))
+            evaluations.append(evaluation)
+            line = {"checkpoint": name, "step": step, "refresh_every": agent.refresh_every}
+            with (folder.path / "evaluations.jsonl").open("a") as file:
+                file.write(json.dumps(line | evaluation.to_dict()) + "\n")
+    agent, environment_id = agents[names[0]]
+    print(f"{episodes} episodes each in {environment_id}, seed {seed}; score in percent")
+    print(f"({agent.info['dataset']['score_note']})")
+    return evaluations
+
+
+def load_agent(
+    run: Path | str,
+    checkpoint: str,
+    environment: str | None,
+    refresh_every: int | None,
+    device: str,
+) -> tuple[DecisionAgent, str]:
+    """Load an agent and name the environment to run it in.
+
+    Raises:
+        ConfigError: If there is no environment, or it has other sizes than the agent.
+    """
+    agent = DecisionAgent.load(run, checkpoint=checkpoint, device=device)
+    if refresh_every is not None:
+        agent.refresh_every = refresh_every
+    environment = environment or agent.info["environment"]
+    if environment is None:
+        raise ConfigError("the data of this run names no environment: give --environment")
+    made = make_env(environment)
+    check_spaces(made)
+    sizes = made.observation_space.shape[0], made.action_space.shape[0]
+    made.close()
+    wanted = agent.model.observation_size, agent.model.action_size
+    if sizes != wanted:
+        raise ConfigError(
+            f"this checkpoint is of {agent.info['environment']} ({wanted[0]} observations, "
+            f"{wanted[1]} actions); {environment} has {sizes[0]} and {sizes[1]}"
+        )
+    return agent, environment
+
+
+def plot_asked_against_got(run: Path | str, *, seed: int = FINAL_SEED) -> None:
+    """Ask the last checkpoint for returns from low to its first target; draw what it gets."""
+    agent, environment = load_agent(run, "last", None, None, "cpu")
+    evaluations = [
+        evaluate(
+            agent,
+            environment,
+            episodes=SWEEP_EPISODES,
+            target_return=agent.target_return * (index + 1) / SWEEP_TARGETS,
+            seed=seed,
+        )
+        for index in tqdm(
+            range(SWEEP_TARGETS), unit="target", desc="asked against got", leave=False
+        )
+    ]
+    title = f"{agent.model.config.backbone} on {agent.info['dataset']['dataset_id']}"
+    plot_target_vs_return(evaluations, title, Path(run) / "target_vs_return.png")
+
+
+TABLE_HEAD = (
+    f"{'':<5} {'step':>7} {'target':>8} {'return':>16} {'95 % interval':>18} {'length':>7} "
+    f"{'score':>14}"
+)
+
+
+def table_row(name: str, step: int, evaluation: Evaluation) -> str:
+    """Return one line of the table."""
+    low, high = evaluation.interval_95
+    score = "-"
+    if evaluation.normalized:
+        score = f"{evaluation.normalized['mean']:.1f} ± {evaluation.normalized['std']:.1f}"
+    returns = f"{evaluation.return_mean:.0f} ± {evaluation.return_std:.0f}"
+    interval = f"{low:.0f} to {high:.0f}"
+    return (
+        f"{name:<5} {step:>7} {evaluation.target_return:>8g} {returns:>16} {interval:>18} "
+        f"{evaluation.length_mean:>7.0f} {score:>14}"
+    )

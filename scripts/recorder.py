@@ -1,0 +1,158 @@
+"""What happens beside the training loop: progress, metrics, evaluations, checkpoints."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from minrl.agents.decision_agent import DecisionAgent
+from minrl.agents.training import StepReport, Trainer
+from minrl.data.episodes import DatasetInfo
+from minrl.data.windows import Batch
+from minrl.envs.rollout import Evaluation, evaluate
+from minrl.scripts.plots import plot_learning_curve
+from minrl.scripts.run_folder import Metrics, RunFolder
+from minrl.scripts.train_config import TrainConfig
+
+# Evaluations while training choose the best checkpoint; the final ones, which report it, must not
+# share their start states.
+SELECTION_SEED, FINAL_SEED = 10_000, 20_000
+
+
+class Recorder:
+    """Watches a trainer and writes what it does into a run folder.
+
+    Args:
+        run: Where to write.
+        metrics: Opened by ``run.metrics()``.
+        config: Of the run, complete.
+        trainer: What to watch.
+        dataset: Goes into every checkpoint.
+        held_out: Batches to measure the action error on.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        metrics: Metrics,
+        config: TrainConfig,
+        trainer: Trainer,
+        dataset: DatasetInfo,
+        held_out: Sequence[Batch],
+    ):
+        self.run, self.metrics, self.config, self.trainer = run, metrics, config, trainer
+        self.dataset, self.held_out = dataset, held_out
+        self.losses: list[float] = []
+        self.bar = tqdm(
+            total=config.steps, initial=trainer.step_count, unit="step", desc="train", leave=True
+        )
+        self.shown: dict[str, str] = {}
+
+    def after_step(self, report: StepReport) -> None:
+        """Log, evaluate and save when it is time."""
+        config, step = self.config, self.trainer.step_count
+        self.bar.update()
+        if not report.skipped:
+            self.losses.append(report.loss)
+        last = step == config.steps
+        if step % config.log_every == 0 or last:
+            self._log(report)
+        if step % config.eval_every == 0 or last:
+            self.save(self._evaluate())
+
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint; ``score`` is what the best is chosen by."""
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "losses": self.losses,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        agent = self.agent()
+        self.run.checkpoints.save(
+            self.trainer.step_count, agent.model.state_dict(), agent.header(), state, score
+        )
+
+    def agent(self) -> DecisionAgent:
+        """Return the agent that the weights of this moment make."""
+        return DecisionAgent(
+            self.trainer.acting_model,
+            target_return=self.config.targets[0],
+            refresh_every=self.config.refresh_every,
+            context=self.config.context,
+            info={
+                "step": self.trainer.step_count,
+                "dataset": vars(self.dataset),
+                "environment": self.config.environment,
+                "training": self.config.to_json(),
+            },
+        )
+
+    def close(self) -> None:
+        """Write the table and the picture of all metrics so far."""
+        self.bar.close()
+        self.run.write_csv()
+        title = (
+            f"{self.config.model.backbone} on {self.dataset.dataset_id}, seed {self.config.seed}"
+        )
+        picture = self.run.path / "learning_curve.png"
+        plot_learning_curve(self.run.read_metrics(), self.config.targets, title, picture)
+
+    def _log(self, report: StepReport) -> None:
+        values = {"train/lr": report.learning_rate, "time/steps_per_s": self._steps_per_second()}
+        if self.losses:  # none if every step was skipped
+            values["train/loss"] = float(np.mean(self.losses))
+            self.shown["loss"] = f"{values['train/loss']:.4f}"
+            self.losses.clear()
+        if math.isfinite(report.grad_norm):
+            values["train/grad_norm"] = report.grad_norm
+        self.metrics.write(self.trainer.step_count, values)
+        self.bar.set_postfix(self.shown)
+
+    def _steps_per_second(self) -> float:
+        return float(self.bar.format_dict["rate"] or 0.0)
+
+    def _evaluate(self) -> float | None:
+        """Return the mean return at the first target, None without evaluation."""
+        step, config = self.trainer.step_count, self.config
+        self.metrics.write(step, {"eval/action_error": self.trainer.action_error(self.held_out)})
+        if not (config.environment and config.eval_episodes):
+            return None
+        agent = self.agent()
+        evaluations = []
+        for target in config.targets:
+            self.bar.set_postfix({**self.shown, "evaluating": f"{target:g}"})
+            evaluation = evaluate(
+                agent,
+                config.environment,
+                episodes=config.eval_episodes,
+                target_return=target,
+                seed=SELECTION_SEED + config.seed,
+            )
+            self.metrics.write(step, evaluation_metrics(evaluation))
+            evaluations.append(evaluation)
+        first = evaluations[0]
+        self.shown["return"] = f"{first.return_mean:.0f}"
+        if first.normalized:
+            self.shown["score"] = f"{first.normalized['mean']:.1f}%"
+        self.bar.set_postfix(self.shown)
+        return first.return_mean
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Return an evaluation's figures by TensorBoard tag."""
+    values = {
+        "return_mean": evaluation.return_mean,
+        "return_std": evaluation.return_std,
+        "length_mean": evaluation.length_mean,
+    }
+    if evaluation.normalized:
+        values["normalized_score_mean"] = evaluation.normalized["mean"]
+        values["normalized_score_std"] = evaluation.normalized["std"]
+    return {
+        f"eval/{evaluation.target_return:g}/{name}": value
+        for name, value in values.items()
+        if math.isfinite(value)
+    }

@@ -1,0 +1,116 @@
+"""What a run leaves behind: configuration, metrics in three forms, checkpoints, pictures."""
+
+import contextlib
+import csv
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from minrl.agents.checkpoint import CheckpointFolder, write_atomically
+from minrl.errors import ConfigError
+from minrl.scripts.train_config import TrainConfig
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints")
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> "RunFolder":
+        """Make the folder and write config.json.
+
+        Raises:
+            ConfigError: If the folder has something in it already.
+        """
+        path = config.run_dir
+        if path is None:
+            name = f"{config.model.backbone}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+            path = Path("runs", "+".join(config.dataset), name)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"run-dir {path} exists already: choose another, or go on with it by "
+                f"minrl train --resume {path}"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run.write_json("config.json", config.to_json())
+        return run
+
+    def read_config(self) -> TrainConfig:
+        """Read config.json.
+
+        Raises:
+            ConfigError: If there is none, or it cannot be read.
+        """
+        path = self.path / "config.json"
+        try:
+            return TrainConfig.from_json(json.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{self.path} is not a run: it has no config.json") from error
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a JSON file into the folder, atomically."""
+        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def read_metrics(self) -> list[dict]:
+        """Return all lines of metrics so far, each a dict with "step"."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a crash
+                rows.append(json.loads(line))
+        return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics later than ``step``: a resumed run writes them anew."""
+        kept = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
+        write_atomically(self.metrics_file, "".join(kept).encode())
+
+    def write_csv(self) -> None:
+        """Write metrics.csv, one row a step, from the lines so far."""
+        rows: dict[int, dict] = {}
+        for row in self.read_metrics():
+            rows.setdefault(row["step"], {}).update(row)
+        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        with (self.path / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows[step] for step in sorted(rows))
+
+    @contextlib.contextmanager
+    def metrics(self, first_step: int = 0) -> Iterator["Metrics"]:
+        """Open the metrics for writing, after what is there."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = first_step + 1 if first_step else None
+        with (
+            self.metrics_file.open("a") as file,
+            SummaryWriter(str(self.path), purge_step=purge) as board,
+        ):
+            yield Metrics(file, board)
+
+
+class Metrics:
+    """Writes each line of metrics to metrics.jsonl and to TensorBoard."""
+
+    def __init__(self, file, board):
+        self._file, self._board = file, board
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write values measured after ``step`` training steps, by TensorBoard tag."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)

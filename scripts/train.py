@@ -1,0 +1,246 @@
+"""``minrl train``: data, model, the training loop, evaluation, and what a run leaves behind."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from minrl.agents.training import Trainer
+from minrl.agents.trajectory import TrajectoryModel
+from minrl.data.episodes import Episodes
+from minrl.data.minari_source import load_dataset
+from minrl.data.windows import Batch, WindowSampler
+from minrl.envs.make import check_spaces, make_env
+from minrl.errors import CheckpointError, ConfigError, DatasetError
+from minrl.scripts.evaluate import evaluate_run, plot_asked_against_got
+from minrl.scripts.recorder import FINAL_SEED, Recorder
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.train_config import TARGETS, TrainConfig, task_of
+
+HELD_OUT_BATCHES = 8
+
+
+def train(config: TrainConfig, resume: Path | None = None) -> Path:
+    """Train a trajectory model on offline data, evaluate it, and leave a run folder.
+
+    Args:
+        config: Every choice there is.
+        resume: Folder of a run to go on with; flags given beside it must be those of the run,
+            except steps, device and final-episodes.
+
+    Returns:
+        The run folder.
+    """
+    config.check()
+    with distributed_processes() as rank:
+        episodes = load_first_on_rank_zero(config, rank)
+        config = complete(config, episodes)
+        training, held_out = episodes.split(config.held_out, config.seed)
+        sampler = make_sampler(config, training)
+        trainer = Trainer(
+            build_model(config, training),
+            config.optimization,
+            total_steps=config.steps,
+            seed=config.seed,
+            device=choose_device(config.device),
+        )
+        run = RunFolder(resume) if resume else None
+        losses = restore(trainer, run, episodes) if run else []
+        if rank != 0:  # the other processes of torchrun only compute
+            while trainer.step_count < config.steps:
+                trainer.step(sampler.batch(trainer.step_count))
+            return Path()
+        run = run or RunFolder.create(config)
+        describe(run, episodes, trainer)
+        with (
+            run.metrics(trainer.step_count) as metrics,
+            interruption(dist.is_initialized()) as asked,
+        ):
+            batches = held_out_batches(config, held_out)
+            recorder = Recorder(run, metrics, config, trainer, episodes.info, batches)
+            recorder.losses = losses
+            while trainer.step_count < config.steps and not asked:
+                recorder.after_step(trainer.step(sampler.batch(trainer.step_count)))
+            if asked:
+                recorder.save()
+            recorder.close()
+    if trainer.step_count < config.steps:
+        print(f"stopped at step {trainer.step_count} and saved; to go on:")
+        print(f"  minrl train --resume {run.path}")
+    elif config.final_episodes and config.environment:
+        evaluate_run(run.path, episodes=config.final_episodes, seed=FINAL_SEED + config.seed)
+        plot_asked_against_got(run.path, seed=FINAL_SEED + config.seed)
+    return run.path
+
+
+def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
+    """Return the configuration with what the data decides filled in.
+
+    Raises:
+        EnvError: If the environment is unknown or not supported.
+        ConfigError: If it is not the one the data is from.
+    """
+    name = config.environment or episodes.info.environment_id
+    if name is not None:
+        environment = make_env(name)
+        check_spaces(environment)
+        sizes = environment.observation_space.shape[0], environment.action_space.shape[0]
+        environment.close()
+        wanted = episodes.observations.shape[1], episodes.actions.shape[1]
+        if sizes != wanted:
+            raise ConfigError(
+                f"environment {name} has {sizes[0]} observations and {sizes[1]} actions, the data "
+                f"{wanted[0]} and {wanted[1]}"
+            )
+    targets = config.targets or TARGETS.get(task_of(name or "")[0])
+    if not targets:
+        best = float(episodes.returns.max())
+        targets = (best, best / 2)
+    return dataclasses.replace(config, environment=name, targets=tuple(targets))
+
+
+def build_model(config: TrainConfig, episodes: Episodes) -> TrajectoryModel:
+    """Return a new model with the normalisation and action bounds of the data."""
+    torch.manual_seed(config.seed)
+    observations, info = episodes.observations, episodes.info
+    model = TrajectoryModel(observations.shape[1], episodes.actions.shape[1], config.model)
+    mean, std = observations.mean(0, dtype="float64"), observations.std(0, dtype="float64")
+    model.observation_mean.copy_(torch.from_numpy(mean))
+    model.observation_std.copy_(torch.from_numpy(std + 1e-6))
+    model.action_low.copy_(torch.tensor(info.action_low))
+    model.action_high.copy_(torch.tensor(info.action_high))
+    return model
+
+
+def make_sampler(config: TrainConfig, episodes: Episodes) -> WindowSampler:
+    """Return the sampler of training windows."""
+    return WindowSampler(
+        episodes,
+        context=config.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        burn_in=config.burn_in,
+    )
+
+
+def held_out_batches(config: TrainConfig, episodes: Episodes) -> list[Batch]:
+    """Return the same windows of held-out episodes for every evaluation of a run."""
+    context = min(config.context, int(episodes.lengths.max()))
+    shorter = dataclasses.replace(config, context=context)
+    sampler = make_sampler(shorter, episodes)
+    return [sampler.batch(step) for step in range(HELD_OUT_BATCHES)]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device, "auto" being a GPU if there is one.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if dist.is_initialized() and name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
+
+
+def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]:
+    """Set the trainer to the last sound checkpoint; return the losses not logged yet.
+
+    Raises:
+        CheckpointError: If there is no sound checkpoint, or it does not fit.
+        DatasetError: If the data has changed since.
+    """
+    step = run.checkpoints.last()
+    trained_on = run.checkpoints.header(step)["dataset"]["sha256"]
+    if trained_on != episodes.info.sha256:
+        raise DatasetError(
+            f"{episodes.info.dataset_id} is not the data this run was trained on: its SHA-256 is "
+            f"{episodes.info.sha256[:12]}..., not {trained_on[:12]}..."
+        )
+    state = run.checkpoints.trainer_state(step)
+    try:
+        trainer.load_state_dict(state["trainer"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {step} of {run.path} does not fit: {error}") from error
+    for name, now in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
+        if state[name] != now:
+            warnings.warn(
+                f"this run was trained with {name} {state[name]}, now it is {now}: it goes on, but "
+                "not bit for bit as it would have",
+                stacklevel=2,
+            )
+    run.forget_after(step)
+    return state["losses"]
+
+
+def describe(run: RunFolder, episodes: Episodes, trainer: Trainer) -> None:
+    """Print what is about to be trained, on what, and where it goes."""
+    info, model = episodes.info, trainer.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"data   {info.dataset_id}: {episodes.num_episodes} episodes, {episodes.num_steps} steps")
+    print(f"model  {model.config.backbone}, {parameters:,} parameters, on {trainer.device}")
+    print(f"run    {run.path}")
+
+
+def load_first_on_rank_zero(config: TrainConfig, rank: int) -> Episodes:
+    """Load the data, on one process before the others, since that may mean to make it."""
+    if rank != 0:
+        dist.barrier()
+    episodes = load_dataset(config.dataset)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return episodes
+
+
+@contextlib.contextmanager
+def distributed_processes() -> Iterator[int]:
+    """Join the other processes if ``torchrun`` started this one; give this one's rank."""
+    if "WORLD_SIZE" not in os.environ:
+        yield 0
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def interruption(disabled: bool) -> Iterator[list[int]]:
+    """Give a list that becomes true at Ctrl-C or SIGTERM; a second one interrupts at once.
+
+    Disabled under ``torchrun``, whose processes would stop at different steps.
+    """
+    asked: list[int] = []
+    if disabled:
+        yield asked
+        return
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, remember)
+    except ValueError:  # not in the main thread: signals are somebody else's business
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,181 @@
+"""The whole configuration of a training run, its presets, and what is impossible in it."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minrl.agents.training import OptimizationConfig
+from minrl.agents.trajectory import ModelConfig
+from minrl.errors import ConfigError
+
+DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"
+
+# Returns to ask for, in reward units (Decision Transformer, arXiv 2106.01345, appendix A).
+TARGETS = {
+    "hopper": (3600.0, 1800.0),
+    "halfcheetah": (12000.0, 6000.0),
+    "walker2d": (5000.0, 2500.0),
+}
+
+# Width and learning rate of each task in Decision Mamba (gym/run_experiments.sh), which "Were RNNs
+# All We Needed?" says it follows.
+PAPER_TASKS = {
+    ("hopper", "medium"): (256, 1e-4),
+    ("hopper", "medium-replay"): (256, 1e-4),
+    ("walker2d", "medium"): (128, 1e-4),
+}
+PAPER_DEFAULT = (128, 1e-3)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on; written to its folder as config.json."""
+
+    dataset: tuple[str, ...] = (DEFAULT_DATASET,)
+    """Minari ids; several are joined. minrl/* are made on first use, others are downloaded."""
+    environment: str | None = None
+    """Gymnasium id to evaluate in; by default the one the data came from."""
+    preset: str = "quick"
+    """quick: minutes on two CPU cores; paper: widths, rates and 100,000 steps of the papers."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    steps: int = 4000
+    """Training steps."""
+    batch_size: int = 64
+    """Windows a step, over all processes."""
+    context: int = 20
+    """Steps of a window that count in the loss, up to the longest episode."""
+    burn_in: int = 0
+    """Steps before a window that only warm up the recurrent state."""
+    seed: int = 0
+    """Of weights, windows, dropout and evaluation."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+    targets: tuple[float, ...] = ()
+    """Returns to ask for; "best" is judged by the first. Default: the Decision Transformer's for
+    hopper, halfcheetah and walker2d, else the best return in the data and half of it."""
+    refresh_every: int = 0
+    """When acting, rebuild the state from the last context steps this often; 0 never, 1 always."""
+    eval_every: int = 1000
+    """Steps between evaluations, each followed by a checkpoint."""
+    eval_episodes: int = 10
+    """Episodes for each target in those evaluations; 0: none."""
+    final_episodes: int = 100
+    """Episodes for each target at the end, on other seeds; 0: no final evaluation."""
+    held_out: float = 0.05
+    """Share of the episodes kept from training, to measure the action error on."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    run_dir: Path | None = None
+    """Folder of the run; by default runs/DATASET/BACKBONE-sSEED-TIME."""
+
+    def check(self) -> None:
+        """Refuse what is impossible.
+
+        Raises:
+            ConfigError: Names every such field and its allowed range.
+        """
+        problems = self.model.problems() + self.optimization.problems()
+        if self.preset not in PRESETS:
+            problems.append(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        if not self.dataset:
+            problems.append("dataset must name at least one dataset")
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("context", 1),
+            ("burn_in", 0),
+            ("seed", 0),
+            ("refresh_every", 0),
+            ("eval_every", 1),
+            ("eval_episodes", 0),
+            ("final_episodes", 0),
+            ("log_every", 1),
+        ):
+            if getattr(self, name) < least:
+                problems.append(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            problems.append(f"held_out must be between 0 and 1, not {self.held_out}")
+        if problems:
+            raise ConfigError("; ".join(problems).replace("_", "-"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; :meth:`from_json` reads them back."""
+        values = dataclasses.asdict(self)
+        values["run_dir"] = None if self.run_dir is None else str(self.run_dir)
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ConfigError: If a field is unknown, for instance written by another version.
+        """
+        try:
+            return cls(
+                **{
+                    **values,
+                    "model": ModelConfig(**values["model"]),
+                    "optimization": OptimizationConfig(**values["optimization"]),
+                    "dataset": tuple(values["dataset"]),
+                    "targets": tuple(values["targets"]),
+                    "run_dir": None if values["run_dir"] is None else Path(values["run_dir"]),
+                }
+            )
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"this configuration is not of this version: {error}") from error
+
+    def continued_with(self, changed: "TrainConfig") -> "TrainConfig":
+        """Return the configuration with which a run of this one may be continued.
+
+        Raises:
+            ConfigError: If ``changed`` differs in a field that decides the weights.
+        """
+        free = {"steps", "device", "final_episodes", "run_dir"}
+        for name, old in flatten(self).items():
+            new = flatten(changed)[name]
+            if new != old and name not in free:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {old!r} in this run and cannot be {new!r} when "
+                    f"it is resumed; only {', '.join(sorted(free - {'run_dir'}))} can change"
+                )
+        return dataclasses.replace(changed, run_dir=self.run_dir)
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Return the fields of the configuration and its parts by name, in one level."""
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    parts = values.pop("model"), values.pop("optimization")
+    return values | dataclasses.asdict(parts[0]) | dataclasses.asdict(parts[1])
+
+
+def task_of(dataset: str) -> tuple[str | None, str | None]:
+    """Return robot and level named in a dataset id: ("hopper", "medium-replay"), else None."""
+    robot = next((name for name in TARGETS if name in dataset.lower()), None)
+    level = next((x for x in ("medium-replay", "medium-expert", "medium") if x in dataset), None)
+    return robot, level
+
+
+def quick(dataset: tuple[str, ...] = (DEFAULT_DATASET,)) -> TrainConfig:
+    """Return the default preset: minutes on two CPU cores."""
+    return TrainConfig(dataset=dataset)
+
+
+def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,)) -> TrainConfig:
+    """Return the published recipe: Decision Mamba's, width and rate by task."""
+    width, learning_rate = PAPER_TASKS.get(task_of(dataset[0]), PAPER_DEFAULT)
+    return TrainConfig(
+        dataset=dataset,
+        preset="paper",
+        model=ModelConfig(width=width),
+        optimization=OptimizationConfig(learning_rate=learning_rate, warmup_steps=10_000),
+        steps=100_000,
+        eval_every=10_000,
+        eval_episodes=100,
+    )
+
+
+PRESETS = {"quick": quick, "paper": paper}
