@@ -1,0 +1,222 @@
+"""Legacy D4RL v2 files, turned into Minari datasets with h5py alone.
+
+Layout and quirks: Farama-Foundation/D4RL, `d4rl/offline_env.py` and `scripts/generation/mujoco/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from minrl.data.dataset_ids import check_id, dataset_folder
+from minrl.data.episodes import Episode
+from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
+from minrl.errors import DatasetError
+
+if TYPE_CHECKING:
+    import h5py
+
+_MAX_EPISODE_STEPS = 1000
+
+
+class _Task(NamedTuple):
+    """An environment of D4RL's gym tasks, as close as today's Gymnasium has it."""
+
+    environment_id: str
+    observation_size: int
+    action_size: int
+
+
+_TASKS = {
+    "halfcheetah": _Task("HalfCheetah-v4", 17, 6),
+    "hopper": _Task("Hopper-v4", 11, 3),
+    "walker2d": _Task("Walker2d-v4", 17, 6),
+}
+
+
+def import_d4rl(
+    path: str | Path,
+    dataset_id: str | None = None,
+    *,
+    reference_scores: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
+    """Turn a D4RL v2 HDF5 file into an ordinary Minari dataset.
+
+    Every step is kept, bit for bit. An episode ends at a terminal, a timeout, or after 1,000 steps
+    (some files lack timeouts); terminal and timeout together count as terminated; rows after the
+    last end become a last episode, marked truncated. The dataset belongs to Gymnasium's v4
+    environments, the closest to those D4RL used.
+
+    Args:
+        path: a file such as `hopper_medium_replay-v2.hdf5`.
+        dataset_id: the id to give it; by default `d4rl/hopper/medium-replay-v2` and so on, after
+            the file's name. The id or the file's name must tell hopper, halfcheetah or walker2d.
+        reference_scores: returns for 0 and 100 percent by those names, written into the metadata.
+
+    Returns:
+        The id of the dataset.
+
+    Raises:
+        DatasetError: the file is none of D4RL's, its task is not known, or the id is taken.
+    """
+    path = Path(path)
+    if path.suffix in (".pkl", ".pickle"):
+        raise DatasetError(
+            f"{path} is a pickle, which can run any code when it is opened, so minrl does not; "
+            "take D4RL's own .hdf5 file, or convert the pickle where you trust it (h5py: flat "
+            "arrays observations, actions, rewards, terminals, timeouts)"
+        )
+    task_name, default_id = _name(path, dataset_id)
+    dataset_id = check_id(dataset_id or default_id)
+    task = _TASKS[task_name]
+    columns = _read(path, task)
+    with dataset_lock(dataset_id):
+        if dataset_folder(dataset_id).exists():
+            raise DatasetError(
+                f"dataset {dataset_id} exists already in {dataset_folder(dataset_id)}; remove it, "
+                "or give another --id"
+            )
+        card = _describe(path, dataset_id, task, columns, (reference_scores or {}).get(task_name))
+        write_dataset(card, list(_split(columns)))
+    return dataset_id
+
+
+def _name(path: Path, dataset_id: str | None) -> tuple[str, str]:
+    """Return the task's name and the default id, after the id or the name of the file."""
+    stem = path.name.removesuffix(".hdf5").lower().replace("_", "-")
+    words = re.split(r"[^a-z0-9]+", f"{dataset_id or ''}/{stem}".lower())
+    tasks = [word for word in words if word in _TASKS]
+    if not tasks:
+        raise DatasetError(
+            f"neither {path.name} nor the id tells the task; give an id such as "
+            f"d4rl/hopper/medium-v2 (tasks: {', '.join(_TASKS)})"
+        )
+    level = stem.partition(f"{tasks[0]}-")[2] or "data"
+    level = level if re.search(r"-v[0-9]+$", level) else f"{level}-v2"
+    return tasks[0], f"d4rl/{tasks[0]}/{level}"
+
+
+class _Columns(NamedTuple):
+    """The flat arrays of a file, N rows each."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminals: np.ndarray
+    timeouts: np.ndarray
+    next_observations: np.ndarray | None
+
+
+def _read(path: Path, task: _Task) -> _Columns:
+    """Read the columns; anything else in the file (infos, metadata) is left alone."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            rewards = _column(file, "rewards", path)
+            rows = len(rewards) if rewards.ndim else 0
+            if rows == 0:
+                raise DatasetError(f"{path}: no rows")
+            wide = (rows, task.observation_size)
+            optional = {name: name in file for name in ("timeouts", "next_observations")}
+            return _Columns(
+                observations=_column(file, "observations", path, wide),
+                actions=_column(file, "actions", path, (rows, task.action_size)),
+                rewards=_column(file, "rewards", path, (rows,)),
+                terminals=_column(file, "terminals", path, (rows,)).astype(bool),
+                timeouts=(
+                    _column(file, "timeouts", path, (rows,)).astype(bool)
+                    if optional["timeouts"]
+                    else np.zeros(rows, bool)
+                ),
+                next_observations=(
+                    _column(file, "next_observations", path, wide)
+                    if optional["next_observations"]
+                    else None
+                ),
+            )
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read as an HDF5 file: {error}") from error
+
+
+def _column(
+    file: h5py.File, name: str, path: Path, shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Read a column of numbers; (N, 1) counts as (N,)."""
+    import h5py
+
+    column = file.get(name)
+    if not isinstance(column, h5py.Dataset):
+        raise DatasetError(f"{path} is not in D4RL's layout: it has no array {name!r}")
+    if column.dtype.kind not in "fiub":
+        raise DatasetError(f"{path}: {name} are {column.dtype}, not real numbers")
+    values = column[()]
+    if shape is not None and len(shape) == 1 and values.shape == (*shape, 1):
+        values = values[:, 0]
+    if shape is not None and values.shape != shape:
+        raise DatasetError(f"{path}: {name} have shape {values.shape}, expected {shape}")
+    return values
+
+
+def _split(columns: _Columns) -> Iterator[Episode]:
+    """Cut the rows into episodes."""
+    rows = len(columns.rewards)
+    ends = np.flatnonzero(columns.terminals | columns.timeouts) + 1
+    start = 0
+    for end in [*ends.tolist(), rows]:
+        for stop in [*range(start + _MAX_EPISODE_STEPS, end, _MAX_EPISODE_STEPS), end]:
+            if stop > start:
+                yield _cut(columns, start, stop)
+            start = stop
+
+
+def _cut(columns: _Columns, start: int, stop: int) -> Episode:
+    """Return rows start to stop as an episode with T+1 observations.
+
+    Where the file has no next observations, the last one is repeated: dropping the last step
+    instead would lose its reward from every return-to-go.
+    """
+    following = columns.next_observations
+    last = columns.observations if following is None else following
+    terminated = bool(columns.terminals[stop - 1])
+    return Episode(
+        observations=np.concatenate([columns.observations[start:stop], last[stop - 1 : stop]]),
+        actions=columns.actions[start:stop],
+        rewards=columns.rewards[start:stop],
+        terminated=terminated,
+        truncated=not terminated,
+    )
+
+
+def _describe(
+    path: Path,
+    dataset_id: str,
+    task: _Task,
+    columns: _Columns,
+    reference_scores: tuple[float, float] | None,
+) -> DatasetCard:
+    """Say what the dataset is."""
+    from gymnasium.spaces import Box
+
+    dtype = columns.observations.dtype.type
+    return DatasetCard(
+        dataset_id=dataset_id,
+        environment_id=task.environment_id,
+        observation_space=Box(-np.inf, np.inf, (task.observation_size,), dtype),
+        action_space=Box(-1.0, 1.0, (task.action_size,), np.float32),
+        algorithm_name="see D4RL",
+        description=(
+            f"D4RL-v2 data imported from {path.name}. It was collected in mujoco-py's v2 physics; "
+            f"{task.environment_id} is the closest environment of Gymnasium."
+            + (
+                ""
+                if columns.next_observations is not None
+                else " The file has no next observations: each episode's last one is repeated."
+            )
+        ),
+        reference_scores=reference_scores,
+    )

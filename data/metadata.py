@@ -1,0 +1,128 @@
+"""A Minari dataset's metadata.json: read as text, checked, and never executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minrl.data.episodes import DatasetInfo
+from minrl.data.validate import ActionBounds
+from minrl.errors import DatasetError
+
+_SUPPORTED = "minrl supports one-dimensional Box observations with Box actions"
+_LARGEST = 16 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What is taken from a dataset's metadata.json; nothing in it is ever executed."""
+
+    dataset_id: str
+    data_format: str
+    num_episodes: int
+    num_steps: int
+    observation_size: int
+    bounds: ActionBounds
+    environment_id: str | None
+    max_episode_steps: int | None
+    reference_min: float | None
+    reference_max: float | None
+    is_d4rl: bool
+
+
+def _read_count(raw: Mapping[str, Any], name: str) -> int:
+    count = raw[name]
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {count!r}")
+    return count
+
+
+def _read_space(
+    dataset_id: str, raw: Mapping[str, Any], role: str
+) -> tuple[tuple[int, ...], ActionBounds]:
+    """Return shape and bounds of a space, which must be a one-dimensional Box."""
+    name = f"{role}_space"
+    if name not in raw:
+        raise DatasetError(
+            f"dataset {dataset_id}: its metadata has no {name}, and minrl builds no environment to "
+            "find out; add it to metadata.json"
+        )
+    space = json.loads(raw[name])
+    kind, shape = space["type"], tuple(space.get("shape", ()))
+    if kind != "Box" or len(shape) != 1:
+        found = f"a Box of shape {shape}, as of images" if kind == "Box" else f"of type {kind}"
+        raise DatasetError(f"dataset {dataset_id}: the {role} space is {found}; {_SUPPORTED}")
+    low, high = (np.array(space[end], np.float64) for end in ("low", "high"))
+    if shape[0] < 1 or low.shape != shape or high.shape != shape:
+        raise ValueError(f"{name} has shape {shape} but bounds of {low.shape} and {high.shape}")
+    return shape, ActionBounds(low, high)
+
+
+def read_metadata(dataset_id: str, folder: Path) -> Metadata:
+    """Read metadata.json without Minari, whose reader builds environments named in it."""
+    path = folder / "data" / "metadata.json"
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise DatasetError(
+                f"dataset {dataset_id}: {path} is larger than any metadata should be"
+            )
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        observation_shape, _ = _read_space(dataset_id, raw, "observation")
+        _, bounds = _read_space(dataset_id, raw, "action")
+        environment = json.loads(raw.get("env_spec") or "{}")
+        limit = environment.get("max_episode_steps")
+        scores = [raw.get("ref_min_score"), raw.get("ref_max_score")]
+        reference = [float(s) for s in scores] if None not in scores else [None, None]
+        return Metadata(
+            dataset_id=dataset_id,
+            data_format=str(raw["data_format"]),
+            num_episodes=_read_count(raw, "total_episodes"),
+            num_steps=_read_count(raw, "total_steps"),
+            observation_size=observation_shape[0],
+            bounds=bounds,
+            environment_id=str(environment["id"]) if "id" in environment else None,
+            max_episode_steps=int(limit) if limit is not None else None,
+            reference_min=reference[0],
+            reference_max=reference[1],
+            is_d4rl=str(raw.get("description", "")).startswith("D4RL"),
+        )
+    except DatasetError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DatasetError(
+            f"dataset {dataset_id}: {path} is not usable ({type(error).__name__}: {error}); "
+            "remove the dataset and make or download it again"
+        ) from error
+
+
+def describe_dataset(metadata: Metadata, actions: np.ndarray, sha256: str) -> DatasetInfo:
+    """Say what the dataset is; action bounds that are infinite become those of the data."""
+    low, high = metadata.bounds.low, metadata.bounds.high
+    low = np.where(np.isfinite(low), low, actions.min(axis=0))
+    high = np.where(np.isfinite(high), high, actions.max(axis=0))
+    where = f" on {metadata.environment_id}" if metadata.environment_id else ""
+    if metadata.dataset_id.startswith("minrl/"):
+        note = f"embedded minrl data{where}, D4RL reference scores"
+    elif metadata.is_d4rl:
+        note = f"D4RL-v2 data{where}, D4RL reference scores"
+    elif metadata.reference_min is not None:
+        note = f"Minari data{where}, the dataset's own reference scores"
+    else:
+        note = f"Minari data{where}, D4RL reference scores"
+    return DatasetInfo(
+        dataset_id=metadata.dataset_id,
+        environment_id=metadata.environment_id,
+        observation_size=metadata.observation_size,
+        action_low=tuple(low.tolist()),
+        action_high=tuple(high.tolist()),
+        reference_min=metadata.reference_min,
+        reference_max=metadata.reference_max,
+        score_note=note,
+        sha256=sha256,
+        max_episode_steps=metadata.max_episode_steps,
+    )

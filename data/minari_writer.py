@@ -1,0 +1,167 @@
+"""Writing episodes as an ordinary Minari dataset: whole or not at all, and one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from minrl.data.dataset_ids import check_id, dataset_folder, datasets_root
+from minrl.data.episodes import Episode
+from minrl.errors import DatasetError
+
+if TYPE_CHECKING:
+    from gymnasium.spaces import Box
+    from minari.data_collector import EpisodeBuffer
+
+_ROOT_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """What a dataset says about itself.
+
+    Attributes:
+        dataset_id: its Minari id.
+        environment_id: Gymnasium id of the environment it belongs to.
+        observation_space: one-dimensional Box.
+        action_space: one-dimensional Box.
+        algorithm_name: what chose the actions.
+        description: what the data is, in words.
+        reference_scores: returns that score 0 and 100 percent, None when not known.
+        requirements: pip requirements of the environment.
+    """
+
+    dataset_id: str
+    environment_id: str
+    observation_space: Box
+    action_space: Box
+    algorithm_name: str
+    description: str
+    reference_scores: tuple[float, float] | None = None
+    requirements: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def dataset_lock(dataset_id: str) -> Iterator[None]:
+    """Hold the only right to write this dataset, waiting for another process that holds it.
+
+    The operating system frees the lock when its holder dies.
+    """
+    import filelock
+
+    locks = datasets_root() / ".minrl-locks"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"cannot write datasets below {datasets_root()}: {error}") from error
+    with filelock.FileLock(locks / f"{check_id(dataset_id).replace('/', '--')}.lock"):
+        yield
+
+
+def write_dataset(card: DatasetCard, episodes: Sequence[Episode]) -> None:
+    """Write a Minari dataset (HDF5) from episodes with T+1 observations each.
+
+    It is written in a hidden folder and moved into place in one step, so that an interrupted write
+    leaves nothing that could be loaded. Call it under `dataset_lock`.
+
+    Raises:
+        DatasetError: the id is taken, or the folder cannot be written.
+    """
+    folder = dataset_folder(card.dataset_id)
+    if folder.exists():
+        raise DatasetError(f"dataset {card.dataset_id} exists already in {folder}; remove it first")
+    workshop = datasets_root() / f".minrl-making--{card.dataset_id.replace('/', '--')}"
+    try:
+        shutil.rmtree(workshop, ignore_errors=True)  # left by a write that was killed
+        workshop.mkdir(parents=True)
+        try:
+            with _minari_root(workshop):
+                _create(card, episodes)
+            _make_namespace(card.dataset_id)
+            os.replace(workshop / card.dataset_id, folder)
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
+    except OSError as error:
+        raise DatasetError(
+            f"dataset {card.dataset_id} cannot be written to {folder}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _minari_root(root: Path) -> Iterator[None]:
+    """Point Minari at another datasets folder; it knows only the environment variable."""
+    with _ROOT_LOCK:
+        before = os.environ.get("MINARI_DATASETS_PATH")
+        os.environ["MINARI_DATASETS_PATH"] = str(root)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["MINARI_DATASETS_PATH"]
+            else:
+                os.environ["MINARI_DATASETS_PATH"] = before
+
+
+def _create(card: DatasetCard, episodes: Sequence[Episode]) -> None:
+    """Let Minari write the files."""
+    import gymnasium
+    import minari
+
+    buffers = [_to_buffer(index, episode) for index, episode in enumerate(episodes)]
+    with warnings.catch_warnings():
+        # Minari wishes for an e-mail address and a link, and for the environment, which is added
+        # below as its specification: given as such, Minari would make it (several times).
+        for wish in ("`code_permalink`", "`author_email`", "`eval_env`", "env_spec is None"):
+            warnings.filterwarnings("ignore", message=wish, category=UserWarning)
+        dataset = minari.create_dataset_from_buffers(
+            card.dataset_id,
+            buffers,
+            observation_space=card.observation_space,
+            action_space=card.action_space,
+            algorithm_name=card.algorithm_name,
+            author="minrl",
+            description=card.description,
+            requirements=list(card.requirements),
+        )
+    specification = gymnasium.spec(card.environment_id).to_json()
+    metadata = {"env_spec": specification, "eval_env_spec": specification}
+    if card.reference_scores is not None:
+        metadata["ref_min_score"], metadata["ref_max_score"] = card.reference_scores
+    dataset.storage.update_metadata(metadata)
+
+
+def _to_buffer(index: int, episode: Episode) -> EpisodeBuffer:
+    """Return Minari's form of an episode, with a flag for every step."""
+    from minari.data_collector import EpisodeBuffer
+
+    terminations = np.zeros(len(episode.actions), bool)
+    truncations = np.zeros(len(episode.actions), bool)
+    terminations[-1] = episode.terminated
+    truncations[-1] = episode.truncated
+    return EpisodeBuffer(
+        id=index,
+        observations=episode.observations,
+        actions=episode.actions,
+        rewards=episode.rewards,
+        terminations=terminations,
+        truncations=truncations,
+    )
+
+
+def _make_namespace(dataset_id: str) -> None:
+    """Register the folders above the dataset as Minari namespaces."""
+    from minari.namespace import create_namespace, list_local_namespaces
+
+    namespace = dataset_id.rpartition("/")[0]
+    if namespace and namespace not in list_local_namespaces():
+        with contextlib.suppress(ValueError):  # another process was faster
+            create_namespace(namespace)

@@ -1,0 +1,108 @@
+"""Training windows cut from episodes, a whole batch at once, as a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from minrl.data.episodes import Episodes
+from minrl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows of T steps, right-padded with zeros.
+
+    Attributes:
+        observations: (B, T, O) float32, not normalised.
+        actions: (B, T, A) float32.
+        returns_to_go: (B, T) float32 in reward units, each including its own step's reward.
+        timesteps: (B, T) int64, index of the step in its episode.
+        mask: (B, T) bool, False where the window is padding.
+        loss_mask: (B, T) bool, True where the step counts in the loss: `mask` without the burn-in.
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    returns_to_go: np.ndarray
+    timesteps: np.ndarray
+    mask: np.ndarray
+    loss_mask: np.ndarray
+
+    def rows(self, index: slice | np.ndarray) -> Batch:
+        """Return the windows with this index, for example `slice(rank, None, world_size)`."""
+        return Batch(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+class WindowSampler:
+    """Draws windows: the trajectory in proportion to its length, the start uniform in it.
+
+    That is one uniform draw among all steps of the data. A window covers the `burn_in` steps before
+    its start (as far as the episode has them), then `context` steps, cut at the episode's end and
+    padded on the right. Padding on the left would feed a recurrent state with steps that never
+    happened. Recipe: Decision Transformer, https://github.com/kzl/decision-transformer, gym/.
+
+    Args:
+        episodes: where to draw from; held in memory, not copied.
+        context: steps of a window that count in the loss, at least 1.
+        batch_size: windows in a batch, B.
+        seed: with the step it fixes every batch.
+        burn_in: steps before the start that only warm up the recurrent state.
+
+    Raises:
+        ConfigError: a size is out of range, or context is longer than the longest episode.
+    """
+
+    def __init__(
+        self,
+        episodes: Episodes,
+        *,
+        context: int,
+        batch_size: int,
+        seed: int,
+        burn_in: int = 0,
+    ) -> None:
+        longest = int(episodes.lengths.max())
+        if not 1 <= context <= longest:
+            raise ConfigError(
+                f"context must be from 1 to {longest}, the longest episode of "
+                f"{episodes.info.dataset_id}, got {context}"
+            )
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if burn_in < 0:
+            raise ConfigError(f"burn_in must be at least 0, got {burn_in}")
+        if seed < 0:
+            raise ConfigError(f"seed must be at least 0, got {seed}")
+        self._episodes = episodes
+        self._context = context
+        self._batch_size = batch_size
+        self._burn_in = burn_in
+        self._seed = seed
+        self._returns_to_go = episodes.returns_to_go()
+        self._offsets_in_window = np.arange(min(context + burn_in, longest))
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of this training step; the same one for the same (seed, step)."""
+        episodes = self._episodes
+        generator = np.random.default_rng((self._seed, step))
+        drawn = generator.integers(episodes.num_steps, size=self._batch_size)  # (B,)
+        episode = np.searchsorted(episodes.offsets, drawn, side="right") - 1  # (B,)
+        episode_start = episodes.offsets[episode]
+        first = np.maximum(drawn - self._burn_in, episode_start)
+        stop = np.minimum(drawn + self._context, episodes.offsets[episode + 1])
+
+        rows = first[:, None] + self._offsets_in_window  # (B, T)
+        mask = rows < stop[:, None]
+        loss_mask = mask & (rows >= drawn[:, None])
+        timesteps = np.where(mask, rows - episode_start[:, None], 0)
+        # Padding reads a row of some other episode and is then zeroed by the mask.
+        rows = np.minimum(rows, episodes.num_steps - 1)
+        observations = episodes.observations.take(rows, axis=0)
+        actions = episodes.actions.take(rows, axis=0)
+        returns_to_go = self._returns_to_go.take(rows)
+        observations *= mask[:, :, None]
+        actions *= mask[:, :, None]
+        returns_to_go *= mask
+        return Batch(observations, actions, returns_to_go, timesteps, mask, loss_mask)
