@@ -1,0 +1,142 @@
+"""One tester for every backbone: what design.md promises of the state protocol."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minrl.agents.backbones.blocks import MIXERS, Backbone
+
+WIDTH = 8
+KINDS = {
+    **{name: {"backbone": name} for name in MIXERS},
+    "minlstm-unnormalised": {"backbone": "minlstm", "normalize": False},
+    "mingru-convolution": {"backbone": "mingru", "convolution": 4},
+    "mingru-wide-no-mlp": {"backbone": "mingru", "expansion": 2, "mlp_ratio": 0},
+    "gilr": {"backbone": "mingru", "candidate": "tanh"},
+}
+every_backbone = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind):
+    torch.manual_seed(0)
+    backbone = Backbone(WIDTH, 2, **KINDS[kind]).double().eval()
+    for name, parameter in backbone.named_parameters():
+        if "bias_h0" in name:
+            torch.nn.init.normal_(parameter)
+    return backbone
+
+
+def make_inputs(seed=0, batch=3, length=24):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, WIDTH, generator=generator, dtype=torch.float64)
+    resets = torch.rand(batch, length, generator=generator) < 0.15
+    mask = torch.rand(batch, length, generator=generator) < 0.7
+    return x, resets, mask
+
+
+@every_backbone
+def test_parallel_equals_step(kind):
+    backbone = make(kind)
+    x, resets, _ = make_inputs()
+    whole, last = backbone(x, resets=resets)
+    state, steps = backbone.initial_state(3), []
+    for t in range(x.shape[1]):
+        y, state = backbone.step(x[:, t], state, resets[:, t])
+        steps.append(y)
+    torch.testing.assert_close(torch.stack(steps, 1), whole, atol=1e-10, rtol=0)
+    for got, expected in zip(state, last, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@every_backbone
+@given(cuts=st.lists(st.integers(1, 23), max_size=4), seed=st.integers(0, 10**6))
+def test_split_anywhere_equals_whole(kind, cuts, seed):
+    backbone = make(kind)
+    x, resets, mask = make_inputs(seed)
+    whole, last = backbone(x, resets=resets, mask=mask)
+    state, parts = None, []
+    edges = [0, *sorted(set(cuts)), 24]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        part = slice(start, stop)
+        y, state = backbone(x[:, part], state, resets=resets[:, part], mask=mask[:, part])
+        parts.append(y)
+    together = torch.cat(parts, 1)
+    torch.testing.assert_close(together[mask], whole[mask], atol=1e-10, rtol=0)
+    for got, expected in zip(state, last, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@every_backbone
+def test_later_inputs_do_not_change_earlier_outputs(kind):
+    backbone = make(kind).float()
+    x = make_inputs()[0].float()
+    before, _ = backbone(x)
+    for t in (1, 7, 23):
+        changed = x.clone()
+        changed[:, t:] += 10
+        after, _ = backbone(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+@every_backbone
+def test_a_reset_starts_from_the_initial_state(kind):
+    backbone = make(kind)
+    x, *_ = make_inputs()
+    resets = torch.zeros(3, 24, dtype=torch.bool)
+    resets[1, 10] = True
+    y, _ = backbone(x, resets=resets)
+    plain, _ = backbone(x)
+    fresh, _ = backbone(x[1:2, 10:])
+    torch.testing.assert_close(y[1:2, 10:], fresh, atol=1e-12, rtol=0)
+    assert torch.equal(y[[0, 2]], plain[[0, 2]])
+
+
+@every_backbone
+def test_invalid_steps_leave_no_trace(kind):
+    backbone = make(kind)
+    x, _, mask = make_inputs()
+    mask[:, 0] = True
+    y, state = backbone(x.masked_fill(~mask.unsqueeze(-1), float("nan")), mask=mask)
+    for row in range(3):
+        alone, last = backbone(x[row, mask[row]].unsqueeze(0))
+        torch.testing.assert_close(y[row, mask[row]], alone[0], atol=1e-12, rtol=0)
+        for got, expected in zip(state, last, strict=True):
+            torch.testing.assert_close(got[row], expected[0], atol=1e-12, rtol=0)
+
+
+@every_backbone
+def test_invalid_steps_leave_no_trace_in_gradients(kind):
+    gradients = []
+    for fill in (0.0, float("nan")):
+        backbone = make(kind)
+        x, _, mask = make_inputs()
+        y, _ = backbone(x.masked_fill(~mask.unsqueeze(-1), fill), mask=mask)
+        y[mask].square().sum().backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    for with_zero, with_nan in zip(*gradients, strict=True):
+        assert torch.equal(with_zero, with_nan)
+
+
+@every_backbone
+def test_reset_state_touches_only_its_rows(kind):
+    backbone = make(kind)
+    _, state = backbone(make_inputs()[0])
+    mask = torch.tensor([False, True, False])
+    after = backbone.reset_state(state, mask)
+    for old, new, fresh in zip(state, after, backbone.initial_state(3), strict=True):
+        assert torch.equal(new[~mask], old[~mask])
+        torch.testing.assert_close(new[mask], fresh[mask].to(new.dtype))
+
+
+@every_backbone
+def test_one_step_changes_every_parameter(kind):
+    backbone = make(kind)
+    before = {name: value.clone() for name, value in backbone.named_parameters()}
+    optimizer = torch.optim.Adam(backbone.parameters(), lr=1e-2)
+    backbone(make_inputs()[0])[0].square().sum().backward()
+    optimizer.step()
+    unchanged = [name for name, value in backbone.named_parameters() if (value == before[name]).all()]
+    assert unchanged == []
+

@@ -1,0 +1,168 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+
+from minrl import MinGRU, MinLSTM
+
+CELLS = {
+    "mingru": MinGRU,
+    "minlstm": MinLSTM,
+    "minlstm-unnormalised": lambda *args, **kwargs: MinLSTM(*args, normalize=False, **kwargs),
+}
+both = pytest.mark.parametrize("make", CELLS.values(), ids=CELLS)
+
+
+def g(x):
+    return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
+
+
+def recurrence(cell, x):
+    """The paper's equations, one step after another, for one layer: x (T, F) -> (T, H)."""
+    rows = (x @ cell.weight_ih_l0.T + cell.bias_ih_l0).split(cell.hidden_size, dim=-1)
+    h, states = torch.zeros(cell.hidden_size, dtype=x.dtype), []
+    for t in range(len(x)):
+        if isinstance(cell, MinGRU):
+            z, c = torch.sigmoid(rows[0][t]), g(rows[1][t])
+            h = (1 - z) * h + z * c
+        else:
+            f, i, c = torch.sigmoid(rows[0][t]), torch.sigmoid(rows[1][t]), g(rows[2][t])
+            if cell.normalize:
+                f, i = f / (f + i), i / (f + i)
+            h = f * h + i * c
+        states.append(h)
+    return torch.stack(states)
+
+
+@both
+def test_forward_is_the_papers_recurrence(make):
+    cell = make(3, 5).double()
+    x = torch.randn(40, 3, dtype=torch.float64)
+    output, h_n = cell(x)
+    torch.testing.assert_close(output, recurrence(cell, x))
+    torch.testing.assert_close(h_n[0], output[-1])
+
+
+@both
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_parallel_equals_step_with_resets(make, batch_first, learned):
+    cell = make(3, 5, 2, batch_first=batch_first, learn_initial_state=learned)
+    if learned:
+        nn.init.normal_(cell.bias_h0)
+    x = torch.randn(4, 30, 3)  # B T F
+    resets = torch.rand(4, 30) < 0.2
+    moved = (lambda y: y) if batch_first else (lambda y: y.transpose(0, 1))
+    output, h_n = cell(moved(x), resets=moved(resets))
+    h, steps = None, []
+    for t in range(30):
+        y, h = cell.step(x[:, t], h, resets[:, t])
+        steps.append(y)
+    torch.testing.assert_close(moved(output), torch.stack(steps, 1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(h_n, h, atol=1e-6, rtol=1e-5)
+
+
+@both
+def test_mask_freezes_the_state_and_hides_nan(make):
+    cell = make(3, 5, batch_first=True)
+    x = torch.randn(2, 9, 3)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 4:] = False
+    mask[0, 3] = False
+    poisoned = x.masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()
+    output, h_n = cell(poisoned, mask=mask)
+    (output * mask.unsqueeze(-1)).sum().backward()
+    shorter, _ = cell(x[1:, :4])
+    torch.testing.assert_close(h_n[0, 1], shorter[0, -1])
+    torch.testing.assert_close(output[0, 3], output[0, 2])
+    assert poisoned.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in cell.parameters())
+
+
+@both
+def test_packed_equals_padded(make):
+    cell = make(3, 5)
+    rows = [torch.randn(length, 3) for length in (4, 7, 4)]
+    packed, h_n = cell(pack_sequence(rows, enforce_sorted=False))
+    padded, lengths = pad_packed_sequence(packed)
+    assert lengths.tolist() == [4, 7, 4]
+    for index, row in enumerate(rows):
+        expected, last = cell(row)
+        torch.testing.assert_close(padded[: len(row), index], expected)
+        torch.testing.assert_close(h_n[:, index], last)
+
+
+@both
+def test_shapes_and_layout_are_those_of_nn_gru(make):
+    ours, theirs = make(3, 5, 2), nn.GRU(3, 5, 2)
+    for shape, state in (((7, 4, 3), (2, 4, 5)), ((7, 3), (2, 5))):
+        x, hx = torch.randn(shape), torch.randn(state)
+        got, expected = ours(x, hx), theirs(x, hx)
+        assert [y.shape for y in got] == [y.shape for y in expected]
+    for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert all(name.startswith(("weight_", "bias_")) for name in ours.state_dict())
+
+
+MISTAKES = {
+    "features": lambda make: make(3, 5)(torch.randn(7, 4, 2)),
+    "state": lambda make: make(3, 5)(torch.randn(7, 4, 3), torch.randn(1, 2, 5)),
+    "state-unbatched": lambda make: make(3, 5)(torch.randn(7, 4, 3), torch.randn(1, 5)),
+    "state-batched": lambda make: make(3, 5)(torch.randn(7, 3), torch.randn(1, 4, 5)),
+    "hidden_size": lambda make: make(3, 0),
+}
+
+
+@both
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_read_as_those_with_nn_gru(make, mistake):
+    with pytest.raises((RuntimeError, ValueError)) as theirs:
+        MISTAKES[mistake](nn.GRU)
+    with pytest.raises(theirs.type) as ours:
+        MISTAKES[mistake](make)
+    assert str(ours.value) == str(theirs.value)
+
+
+@both
+@pytest.mark.parametrize("argument", [{"bidirectional": True}, {"proj_size": 2}])
+def test_what_has_no_meaning_is_refused_by_name(make, argument):
+    with pytest.raises(ValueError, match=next(iter(argument))):
+        make(3, 5, **argument)
+
+
+def test_forget_bias_is_in_the_forget_rows_only():
+    torch.manual_seed(0)
+    with_bias = MinLSTM(3, 5, 2, forget_bias=3.0)
+    torch.manual_seed(0)
+    without = MinLSTM(3, 5, 2, forget_bias=0.0)
+    for name, value in with_bias.state_dict().items():
+        difference = value - without.state_dict()[name]
+        if name.startswith("bias"):
+            torch.testing.assert_close(difference, torch.tensor([3.0] * 5 + [0.0] * 10))
+        else:
+            assert (difference == 0).all()
+
+
+@both
+def test_copies_and_state_dicts_act_the_same(make):
+    cell, x = make(3, 5, 2), torch.randn(7, 4, 3)
+    other = make(3, 5, 2)
+    other.load_state_dict(cell.state_dict())
+    expected = cell(x)[0]
+    assert torch.equal(copy.deepcopy(cell)(x)[0], expected)
+    assert torch.equal(other(x)[0], expected)
+
+
+def test_half_precision_keeps_the_state_in_float32():
+    cell = MinGRU(3, 5, batch_first=True).to(torch.bfloat16)
+    x = torch.randn(2, 50, 3, dtype=torch.bfloat16)
+    output, h_n = cell(x)
+    first, h = cell(x[:, :20])
+    second, h = cell(x[:, 20:], h)
+    assert output.dtype is torch.bfloat16
+    assert h_n.dtype is torch.float32
+    # The projections of 20 and of 50 steps may round differently, by one bfloat16 step.
+    torch.testing.assert_close(torch.cat([first, second], 1), output, atol=0, rtol=2**-6)
+    torch.testing.assert_close(h, h_n, atol=0, rtol=2**-7)

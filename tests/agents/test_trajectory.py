@@ -1,0 +1,195 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minrl.agents.losses import masked_action_loss
+from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+
+KINDS = {
+    "interleaved": {"tokens": "interleaved"},
+    "joint": {"tokens": "joint"},
+    "interleaved-minlstm-convolution": {"backbone": "minlstm", "convolution": 3},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+B, T, O, A = 3, 20, 5, 2  # noqa: E741
+
+
+def make(kind, **options):
+    torch.manual_seed(0)
+    config = ModelConfig(width=16, num_layers=2, max_timestep=15, **KINDS[kind], **options)
+    model = TrajectoryModel(O, A, config).double().eval()
+    model.action_low.copy_(torch.tensor([-1.0, -3.0]))
+    model.action_high.copy_(torch.tensor([1.0, 7.0]))
+    return model
+
+
+def make_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "observations": draw(B, T, O),
+        "actions": draw(B, T, A),
+        "returns_to_go": 1000 * draw(B, T),
+        "timesteps": torch.arange(T).expand(B, T),
+    }
+
+
+def cut(inputs, part):
+    return {name: value[:, part] for name, value in inputs.items()}
+
+
+@every_kind
+@given(cuts=st.lists(st.integers(1, T - 1), max_size=4), seed=st.integers(0, 10**6))
+def test_split_anywhere_equals_whole(kind, cuts, seed):
+    model, inputs = make(kind), make_inputs(seed)
+    generator = torch.Generator().manual_seed(seed)
+    flags = {
+        "resets": torch.rand(B, T, generator=generator) < 0.15,
+        "mask": torch.rand(B, T, generator=generator) < 0.8,
+    }
+    whole, last = model(**inputs, **flags)
+    state, parts = None, []
+    edges = [0, *sorted(set(cuts)), T]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        part = slice(start, stop)
+        predicted, state = model(**cut(inputs, part), **cut(flags, part), state=state)
+        parts.append(predicted)
+    mask = flags["mask"]
+    torch.testing.assert_close(torch.cat(parts, 1)[mask], whole[mask], atol=1e-10, rtol=0)
+    for got, expected in zip(state, last, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@every_kind
+def test_step_equals_forward(kind):
+    model, inputs = make(kind), make_inputs()
+    whole, _ = model(**inputs)
+    state = model.initial_state(B)
+    for t in range(T):
+        predicted, state = model.step(
+            inputs["observations"][:, t],
+            inputs["returns_to_go"][:, t],
+            inputs["timesteps"][:, t],
+            state,
+            torch.full((B,), t == 0),
+        )
+        torch.testing.assert_close(predicted, whole[:, t], atol=1e-10, rtol=0)
+        state = (*state[:-1], inputs["actions"][:, t])  # the action taken was another one
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["observations", "actions", "returns_to_go"])
+def test_a_prediction_sees_only_what_came_before(kind, name):
+    model, inputs = make(kind), make_inputs()
+    before, _ = model(**inputs)
+    at = 9
+    changed = {**inputs, name: inputs[name].clone()}
+    changed[name][:, at:] += 100.0
+    after, _ = model(**changed)
+    first_change = at + 1 if name == "actions" else at  # a_t is predicted, not seen, at step t
+    assert torch.equal(after[:, :first_change], before[:, :first_change])
+    assert not torch.equal(after[:, first_change], before[:, first_change])
+
+
+def gradients_with_padding(kind, inputs, lengths, padding, fill):
+    """Loss and gradients of a batch whose rows end early, padded with anything."""
+    model = make(kind)
+    longest = max(lengths) + padding
+    mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    padded = {}
+    for name, value in inputs.items():
+        room = torch.zeros(B, longest, *value.shape[2:], dtype=value.dtype)
+        room[:, : max(lengths)] = value[:, : max(lengths)]
+        invalid = ~mask.view(B, longest, *[1] * (value.dim() - 2))
+        room = room.masked_fill(invalid, 7 if name == "timesteps" else fill)
+        padded[name] = room
+    predicted, _ = model(**padded, mask=mask)
+    reach = (model.action_high - model.action_low) / 2
+    loss = masked_action_loss(predicted, padded["actions"], mask, reach) / mask.sum()
+    loss.backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return loss.detach(), gradients, [predicted[row, :n] for row, n in enumerate(lengths)]
+
+
+@every_kind
+@pytest.mark.parametrize("padding", [0, 1, 64])
+@pytest.mark.parametrize("fill", [0.0, -10.0, 1e30, float("nan"), float("inf")])
+def test_padding_changes_nothing(kind, padding, fill):
+    inputs, lengths = make_inputs(), [20, 7, 1]
+    loss, gradients, predicted = gradients_with_padding(kind, inputs, lengths, padding, fill)
+    expected = gradients_with_padding(kind, inputs, lengths, 0, 0.0)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients, expected[1], rtol=1e-10, atol=1e-12)
+    for got, wanted in zip(predicted, expected[2], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_loss_is_the_mean_over_valid_steps_in_units_of_the_bounds():
+    predicted, actions = torch.randn(2, 2, 3, A, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    reach = torch.tensor([1.0, 5.0], dtype=torch.float64)
+    total = 0.0
+    for row, step in ((0, 0), (0, 1), (1, 0)):
+        for k in range(A):
+            total += ((predicted[row, step, k] - actions[row, step, k]) / reach[k]) ** 2 / A
+    torch.testing.assert_close(masked_action_loss(predicted, actions, mask, reach), total)
+
+
+@every_kind
+def test_actions_stay_inside_the_bounds(kind):
+    model, inputs = make(kind), make_inputs()
+    inputs["observations"] *= 1e6
+    predicted, _ = model(**inputs)
+    assert (predicted >= model.action_low).all()
+    assert (predicted <= model.action_high).all()
+
+
+@every_kind
+def test_timesteps_beyond_the_table_share_the_last(kind):
+    model, inputs = make(kind), make_inputs()
+    late = {**inputs, "timesteps": inputs["timesteps"] + 10_000}
+    later = {**inputs, "timesteps": inputs["timesteps"] + 10**9}
+    torch.testing.assert_close(model(**late)[0], model(**later)[0])
+
+
+def test_construction_keeps_the_forget_bias_and_the_initial_state():
+    model = make("interleaved-minlstm-convolution", forget_bias=3.0)
+    for block in model.backbone.blocks:
+        cell = block.mixer.cell
+        bound = 1 / cell.input_size**0.5
+        rows = cell.bias_ih_l0.view(3, cell.hidden_size)
+        assert (rows[0] - 3.0).abs().max() <= bound
+        assert rows[1:].abs().max() <= bound
+        assert (cell.bias_h0 == 0).all()
+
+
+@every_kind
+def test_one_step_changes_every_parameter_that_is_used(kind):
+    model = make(kind).train()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    model(**make_inputs())[0].square().sum().backward()
+    optimizer.step()
+    assert [n for n, value in model.named_parameters() if torch.equal(value, before[n])] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("backbone", "transformer-xl"),
+        ("tokens", "both"),
+        ("candidate", "relu"),
+        ("width", 0),
+        ("dropout", 1.0),
+        ("return_scale", 0.0),
+        ("convolution", -1),
+    ],
+)
+def test_impossible_values_are_named_with_their_range(field, value):
+    (problem,) = ModelConfig(**{field: value}).problems()
+    assert problem.startswith(f"{field} must be")
+    assert str(value) in problem

@@ -1,0 +1,36 @@
+"""Fixtures for all tests: no network, no file outside a temporary folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Set before any test imports a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+torch.set_num_threads(1)  # the tests' tensors are small, and other processes want the cores
+settings.register_profile("minrl", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("minrl")
+
+SMALL_STEPS = 6_000
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A datasets folder of the tests' own, also for the commands they start."""
+    path = tmp_path_factory.mktemp("datasets")
+    os.environ["MINARI_DATASETS_PATH"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hopper_id(datasets_path: Path) -> str:
+    """The id of a small embedded Hopper dataset that is there already."""
+    from minrl.data.behaviours import make_embedded_dataset
+
+    name = "minrl/hopper/medium-expert-v0"
+    make_embedded_dataset(name, steps=SMALL_STEPS, progress=False)
+    return name

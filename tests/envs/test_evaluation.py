@@ -1,0 +1,62 @@
+"""Summaries of returns against textbook values."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from minrl.envs.evaluation import Evaluation, student_t_quantile
+
+
+def make(returns, name="Hopper-v5"):
+    returns = np.asarray(returns, dtype=np.float64)
+    return Evaluation(name, 3600.0, returns, np.full(len(returns), 10), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),  # two-sided 95 % column of any table of Student's t
+    [
+        (1, 12.7062),
+        (2, 4.3027),
+        (4, 2.7764),
+        (9, 2.2622),
+        (30, 2.0423),
+        (99, 1.9842),
+        (999, 1.9623),
+    ],
+)
+def test_t_quantiles_agree_with_the_tables(degrees, expected):
+    assert student_t_quantile(0.95, degrees) == pytest.approx(expected, abs=1e-4)
+
+
+def test_interval_covers_the_true_mean_95_times_in_100():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        low, high = make(generator.normal(1000, 300, 10)).interval_95
+        hits += low < 1000 < high
+    assert 930 <= hits <= 970  # 950 ± 3 standard deviations of a binomial
+
+
+def test_mean_and_std_are_the_sample_s():
+    evaluation = make([1.0, 2.0, 4.0])
+    assert evaluation.return_mean == pytest.approx(7 / 3)
+    assert evaluation.return_std == pytest.approx(math.sqrt(7 / 3))  # divisor n - 1
+    assert evaluation.length_mean == 10
+
+
+def test_normalized_follows_d4rl_and_is_none_where_nothing_is_known():
+    evaluation = make([3234.3, -20.272305])
+    assert evaluation.normalized["mean"] == pytest.approx(50.0)
+    assert evaluation.normalized["std"] == pytest.approx(100 / math.sqrt(2))
+    low, high = evaluation.normalized["interval_95"]
+    assert (low + high) / 2 == pytest.approx(50.0)
+    assert make([1.0, 2.0], "Pendulum-v1").normalized is None
+
+
+def test_to_dict_is_strict_json_also_for_one_episode():
+    for returns in ([5.0], [5.0, 6.0]):
+        text = json.dumps(make(returns).to_dict(), allow_nan=False)
+        assert json.loads(text)["returns"] == returns
+    assert make([5.0]).to_dict()["return_std"] is None
