@@ -1,0 +1,1 @@
+"""Environments, vectorised evaluation and reference scores; knows nothing of agents."""

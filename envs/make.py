@@ -1,0 +1,112 @@
+"""Making Gymnasium environments: quiet ones, with errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minrl.errors import EnvError
+
+if TYPE_CHECKING:
+    import gymnasium
+
+_SUPPORTED = "minrl supports one-dimensional Box observations with float Box actions"
+
+
+@contextlib.contextmanager
+def quiet_mujoco() -> Iterator[None]:
+    """Silence what MuJoCo and Gymnasium say when old but sound models are made.
+
+    MuJoCo 4 warns that HalfCheetah's ``settotalmass`` is deprecated, on stderr and in a
+    ``MUJOCO_LOG.TXT`` in the working folder; with a handler of our own it does neither. Gymnasium
+    warns that v4 environments are out of date, but D4RL data belong to them. Any other message of
+    MuJoCo comes out as an ordinary Python warning.
+
+    Works on whatever makes an environment inside the ``with`` block, third-party code included.
+    """
+    messages: list[str] = []
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
+        with contextlib.suppress(ImportError):  # environments without MuJoCo need none of this
+            import mujoco
+
+            previous = mujoco.get_mju_user_warning()
+            mujoco.set_mju_user_warning(messages.append)
+            stack.callback(mujoco.set_mju_user_warning, previous)
+        yield
+    for message in messages:
+        if "is deprecated" not in message:
+            warnings.warn(f"MuJoCo: {message}", RuntimeWarning, stacklevel=3)
+
+
+def _near_matches(environment_id: str) -> str:
+    """Name registered environments whose ids look like this one, newest version first."""
+    import gymnasium
+
+    known = {identifier.lower(): identifier for identifier in gymnasium.registry}
+    matches = difflib.get_close_matches(environment_id.lower(), known, n=4, cutoff=0.6)
+    names = sorted((known[match] for match in matches), reverse=True)
+    return f"did you mean {', '.join(names)}?" if names else "see gymnasium.registry for all ids"
+
+
+def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gymnasium.Env:
+    """Make a registered environment without warnings, log files or the passive checker.
+
+    Args:
+        environment_id: id such as ``Hopper-v5``. Ids that import a module (``module:Name-v0``) are
+            refused, because ids also come from datasets and checkpoints.
+        render: make it able to ``render()`` RGB frames.
+        **kwargs: passed to ``gymnasium.make``, for example ``max_episode_steps``.
+
+    Raises:
+        EnvError: the id is unknown (near matches are named), or its simulator is missing.
+    """
+    import gymnasium
+
+    if ":" in environment_id:
+        raise EnvError(
+            f"environment id {environment_id!r} names a module to import, which is refused; import "
+            "the module that registers the environment yourself and give the id after the colon"
+        )
+    if environment_id not in gymnasium.registry:
+        raise EnvError(f"unknown environment {environment_id!r}: {_near_matches(environment_id)}")
+    if render:
+        kwargs["render_mode"] = "rgb_array"
+    try:
+        with quiet_mujoco():
+            return gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
+    except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
+        raise EnvError(
+            f"environment {environment_id!r} needs software that is not installed: {error}"
+        ) from error
+    except gymnasium.error.Error as error:
+        raise EnvError(f"environment {environment_id!r} cannot be made: {error}") from error
+
+
+def check_spaces(env: gymnasium.Env) -> None:
+    """Refuse an environment whose observations or actions the agents cannot handle.
+
+    Raises:
+        EnvError: a space is not a one-dimensional Box (or the action one not of floats); the
+            message names the space found and what is supported.
+    """
+    from gymnasium.spaces import Box
+
+    name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+    for role, space in (("observation", env.observation_space), ("action", env.action_space)):
+        one_dimensional = isinstance(space, Box) and len(space.shape) == 1
+        if not one_dimensional or (
+            role == "action" and not np.issubdtype(space.dtype, np.floating)
+        ):
+            kind = type(space).__name__
+            if isinstance(space, Box):
+                kind = f"Box of shape {space.shape} and type {space.dtype}"
+            raise EnvError(
+                f"environment {name!r} has a {role} space of kind {kind}; {_SUPPORTED}. Wrap the "
+                "environment, for example with gymnasium.wrappers.FlattenObservation"
+            )

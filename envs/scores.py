@@ -1,0 +1,77 @@
+"""D4RL's reference scores, and returns expressed in percent of them.
+
+Values: Farama-Foundation/D4RL, ``d4rl/infos.py``; the same for v0, v1, v2 and for every level.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import overload
+
+import numpy as np
+
+from minrl.errors import EnvError
+
+REFERENCE_SCORES: dict[str, tuple[float, float]] = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+}
+"""Undiscounted return over at most 1,000 steps of a (random, expert) policy, by task."""
+
+
+def reference_scores(name: str) -> tuple[float, float]:
+    """Return the (random, expert) returns of the task that a name speaks of.
+
+    They belong to D4RL's v2 physics. On v5 environments, or on data made in them, they are a common
+    yardstick only: say so beside such scores.
+
+    Args:
+        name: an environment id (``Hopper-v5``) or dataset id (``minrl/hopper/medium-v0``,
+            ``d4rl/hopper/medium-v2``, ``hopper-medium-v2``).
+
+    Raises:
+        EnvError: no part of the name is a task with known scores.
+    """
+    for part in re.split(r"[/-]", name.lower()):
+        if part in REFERENCE_SCORES:
+            return REFERENCE_SCORES[part]
+    raise EnvError(
+        f"no reference scores are known for {name!r}, so its returns cannot be normalised; "
+        f"they are known for {', '.join(sorted(REFERENCE_SCORES))}"
+    )
+
+
+@overload
+def normalized_score(returns: float, name: str) -> float: ...
+@overload
+def normalized_score(returns: np.ndarray, name: str) -> np.ndarray: ...
+def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarray:
+    """Express returns in percent: 0 is D4RL's random policy, 100 its expert.
+
+    Args:
+        returns: undiscounted return(s) in reward units, any shape.
+        name: environment or dataset id, see `reference_scores`.
+
+    Raises:
+        EnvError: the task has no known reference scores.
+    """
+    lowest, highest = reference_scores(name)
+    return 100.0 * (returns - lowest) / (highest - lowest)
+
+
+@overload
+def normalized_std(std: float, name: str) -> float: ...
+@overload
+def normalized_std(std: np.ndarray, name: str) -> np.ndarray: ...
+def normalized_std(std: float | np.ndarray, name: str) -> float | np.ndarray:
+    """Express a standard deviation (or any width) of returns in percent of the reference range.
+
+    A width is divided by the range only. Passing it through `normalized_score` would subtract the
+    random policy's return from it, as OfflineRL-Kit does (``policy_trainer/mf_policy_trainer.py``).
+
+    Raises:
+        EnvError: the task has no known reference scores.
+    """
+    lowest, highest = reference_scores(name)
+    return 100.0 * std / (highest - lowest)
