@@ -173,10 +173,18 @@ class CheckpointFolder:
         return self._record(step)
 
     def trainer_state(self, step: int) -> dict:
-        """Read a checkpoint's trainer state."""
+        """Read a checkpoint's trainer state.
+
+        Raises:
+            CheckpointError: If it is damaged or holds anything but tensors and plain values.
+        """
         self._verify(step)
-        content = self._files(step)[1].read_bytes()
-        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        path = self._files(step)[1]
+        try:
+            content = io.BytesIO(path.read_bytes())
+            return torch.load(content, weights_only=True, map_location="cpu")
+        except Exception as error:  # of many kinds, depending on where the reader stumbles
+            raise CheckpointError(f"{path} cannot be read as trainer state: {error}") from error
 
     def _files(self, step: int) -> tuple[Path, Path, Path]:
         suffixes = ("safetensors", "trainer.pt", "json")

@@ -148,7 +148,7 @@ class DecisionAgent:
             state, starts = self._fresh_state(batch), np.ones(batch, dtype=bool)
             self._watched_rewards = None
         else:
-            starts = np.broadcast_to(np.asarray(episode_start, dtype=bool), batch)
+            starts = np.broadcast_to(np.asarray(episode_start, dtype=bool), batch).copy()
         rewards = np.zeros(batch) if self._watched_rewards is None else self._watched_rewards
         targets = np.full(batch, float(self.target_return))
         return self._advance(state, observation, rewards, starts, targets)
@@ -184,8 +184,16 @@ class DecisionAgent:
             model = TrajectoryModel.from_description(header.pop("model"))
             model.load_state_dict(tensors)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit this version of minrl: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path} does not fit this version of minrl: {reason}") from error
         return cls(model.to(device), **acting, info=header)
+
+    @property
+    def references(self) -> tuple[float, float] | None:
+        """Returns that score 0 and 100 percent, as the dataset says; None if it does not."""
+        dataset = self.info.get("dataset", {})
+        lowest, highest = dataset.get("reference_min"), dataset.get("reference_max")
+        return None if lowest is None or highest is None else (lowest, highest)
 
     def header(self) -> dict:
         """Return what a checkpoint says about this agent besides its weights."""
@@ -197,7 +205,7 @@ class DecisionAgent:
                 "refresh_every": self.refresh_every,
                 "context": self.context,
             },
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
 
     def _resize(self, batch: int) -> None:
@@ -322,24 +330,28 @@ class RecentSteps:
     def refresh(
         self, model: TrajectoryModel, due: np.ndarray, predicted: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        """Return ``predicted`` and ``state`` with the rows that are ``due`` rebuilt from here."""
+        """Return ``predicted`` and ``state`` with the rows that are ``due`` rebuilt from here.
+
+        All rows and steps are computed whichever are due, because the shape of a matrix product
+        decides its rounding: so no row's actions depend on when another was reset.
+        """
         if not due.any():
             return predicted, state
-        rows = self.rows[torch.from_numpy(due).to(self.rows.device)]
-        lengths = self.lengths[rows]
-        longest = int(lengths.max())
-        steps = torch.arange(longest, device=rows.device)
+        steps = torch.arange(self.observations.shape[1], device=self.rows.device)
         every, rebuilt = model(
-            self.observations[rows, :longest],
-            self.actions[rows, :longest],
-            self.returns_to_go[rows, :longest],
-            self.timesteps[rows, :longest],
-            mask=steps < lengths.unsqueeze(1),
+            self.observations,
+            self.actions,
+            self.returns_to_go,
+            self.timesteps,
+            mask=steps < self.lengths.unsqueeze(1),
         )
-        last = every[torch.arange(len(rows), device=rows.device), lengths - 1]
-        predicted = predicted.index_copy(0, rows, last)
-        state = tuple(
-            old.index_copy(0, rows, new.to(old.dtype))
-            for old, new in zip(state, rebuilt, strict=True)
+        chosen = torch.from_numpy(due).to(self.rows.device)
+        pairs = [
+            (every[self.rows, self.lengths - 1], predicted),
+            *zip(rebuilt, state, strict=True),
+        ]
+        predicted, *state = (
+            torch.where(chosen.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+            for new, old in pairs
         )
-        return predicted, state
+        return predicted, tuple(state)

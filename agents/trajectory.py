@@ -15,6 +15,9 @@ from minrl.agents.backbones.scan import CANDIDATES
 
 TOKENS = ("interleaved", "joint")
 
+# Of a normalised observation: no real one comes near, and beyond it float32 squares overflow.
+LARGEST = 1e4
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -255,7 +258,7 @@ class TrajectoryModel(nn.Module):
             seen = seen.masked_fill(hidden, 0.0)
         returns = self.embed_return(returns_to_go.unsqueeze(-1) / self.config.return_scale)
         normalised = (observations - self.observation_mean) / self.observation_std
-        observed = self.embed_observation(normalised)
+        observed = self.embed_observation(normalised.clamp(-LARGEST, LARGEST))
         if self.config.tokens == "joint":
             if resets is not None:
                 seen = seen.masked_fill(resets.unsqueeze(-1), 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minrl.envs.scores import normalized_score, normalized_std
+from minrl.envs.scores import reference_scores
 from minrl.errors import EnvError
 
 
@@ -37,6 +37,7 @@ class Evaluation:
         returns: (E,) float64 undiscounted returns, by episode index.
         lengths: (E,) int64 steps, by episode index.
         seed: together with the number of episodes it fixes the seed of every episode.
+        references: returns that score 0 and 100 percent; None takes D4RL's where there are any.
     """
 
     environment_id: str
@@ -44,6 +45,7 @@ class Evaluation:
     returns: np.ndarray
     lengths: np.ndarray
     seed: int
+    references: tuple[float, float] | None = None
 
     @property
     def return_mean(self) -> float:
@@ -74,20 +76,20 @@ class Evaluation:
 
     @property
     def normalized(self) -> dict[str, Any] | None:
-        """``mean``, ``std`` and ``interval_95`` in percent of D4RL's references, None if unknown.
+        """``mean``, ``std`` and ``interval_95`` in percent of the references, None without any.
 
         See `minrl.envs.scores.reference_scores` for what such figures may be compared with.
         """
-        name = self.environment_id
         try:
-            mean = normalized_score(self.return_mean, name)
+            lowest, highest = self.references or reference_scores(self.environment_id)
         except EnvError:
             return None
+        percent = 100.0 / (highest - lowest)
         low, high = self.interval_95
         return {
-            "mean": mean,
-            "std": normalized_std(self.return_std, name),
-            "interval_95": (normalized_score(low, name), normalized_score(high, name)),
+            "mean": percent * (self.return_mean - lowest),
+            "std": percent * self.return_std,  # a width: only the range matters
+            "interval_95": (percent * (low - lowest), percent * (high - lowest)),
         }
 
     def to_dict(self) -> dict[str, Any]:

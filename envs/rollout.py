@@ -147,6 +147,7 @@ def play_episodes(
     episodes: int,
     target_return: float | None = None,
     seed: int = 0,
+    references: tuple[float, float] | None = None,
     on_episode: Callable[[int, float, int], None] | None = None,
 ) -> Evaluation:
     """Play a fixed number of episodes in environments that are already made.
@@ -185,7 +186,7 @@ def play_episodes(
                 observations[row], started[row] = first_observation, True
         if started.any():
             agent.reset(started, target_return=target_return)
-    return Evaluation(environment_id, target_return, returns, lengths, seed)
+    return Evaluation(environment_id, target_return, returns, lengths, seed, references)
 
 
 def evaluate(
@@ -197,6 +198,7 @@ def evaluate(
     seed: int = 0,
     num_envs: int | None = None,
     max_episode_steps: int | None = None,
+    references: tuple[float, float] | None = None,
     on_episode: Callable[[int, float, int], None] | None = None,
 ) -> Evaluation:
     """Let an agent act for a fixed number of episodes and return what it earned.
@@ -212,6 +214,7 @@ def evaluate(
         seed: non-negative seed of the set of episodes.
         num_envs: environments stepped together; by default as many as episodes, at most 32.
         max_episode_steps: truncate episodes here; None keeps the environment's own limit.
+        references: returns that score 0 and 100 percent; None takes D4RL's where there are any.
         on_episode: called as ``on_episode(episode, episode_return, length)`` when one ends.
 
     Raises:
@@ -236,6 +239,7 @@ def evaluate(
             episodes=episodes,
             target_return=target_return,
             seed=seed,
+            references=references,
             on_episode=on_episode,
         )
     finally:

@@ -111,3 +111,7 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"minrl: warning: {message}", file=file or sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

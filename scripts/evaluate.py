@@ -6,8 +6,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from minrl.agents.decision_agent import DecisionAgent
+from minrl.envs.evaluation import Evaluation
 from minrl.envs.make import check_spaces, make_env
-from minrl.envs.rollout import Evaluation, evaluate
+from minrl.envs.rollout import evaluate
 from minrl.errors import ConfigError
 from minrl.scripts.plots import plot_target_vs_return
 from minrl.scripts.recorder import FINAL_SEED
@@ -113,6 +114,7 @@ def evaluate_run(
                     target_return=target,
                     seed=seed,
                     num_envs=num_envs,
+                    references=agent.references,
                     on_episode=lambda *_, bar=bar: bar.update(),
                 )
             print(table_row(name, step, evaluation))

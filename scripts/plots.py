@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from minrl.envs.rollout import Evaluation
+from minrl.envs.evaluation import Evaluation
 
 
 def plot_learning_curve(rows: list[dict], targets: Sequence[float], title: str, path: Path) -> None:
@@ -21,7 +21,7 @@ def plot_learning_curve(rows: list[dict], targets: Sequence[float], title: str, 
         evaluated = [row for row in rows if f"{tag}/return_mean" in row]
         steps = [row["step"] for row in evaluated]
         means = [row[f"{tag}/return_mean"] for row in evaluated]
-        spread = [row[f"{tag}/return_std"] for row in evaluated]
+        spread = [row.get(f"{tag}/return_std", 0.0) for row in evaluated]
         (line,) = score_axis.plot(steps, means, marker="o", label=f"asked for {target:g}")
         low = [mean - std for mean, std in zip(means, spread, strict=True)]
         high = [mean + std for mean, std in zip(means, spread, strict=True)]

@@ -11,7 +11,8 @@ from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import StepReport, Trainer
 from minrl.data.episodes import DatasetInfo
 from minrl.data.windows import Batch
-from minrl.envs.rollout import Evaluation, evaluate
+from minrl.envs.evaluation import Evaluation
+from minrl.envs.rollout import evaluate
 from minrl.scripts.plots import plot_learning_curve
 from minrl.scripts.run_folder import Metrics, RunFolder
 from minrl.scripts.train_config import TrainConfig
@@ -67,7 +68,7 @@ class Recorder:
         state = {
             "trainer": self.trainer.state_dict(),
             "losses": self.losses,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
         }
         agent = self.agent()
@@ -130,6 +131,7 @@ class Recorder:
                 episodes=config.eval_episodes,
                 target_return=target,
                 seed=SELECTION_SEED + config.seed,
+                references=agent.references,
             )
             self.metrics.write(step, evaluation_metrics(evaluation))
             evaluations.append(evaluation)

@@ -174,7 +174,7 @@ def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]
         trainer.load_state_dict(state["trainer"])
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {step} of {run.path} does not fit: {error}") from error
-    for name, now in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
+    for name, now in (("torch", str(torch.__version__)), ("threads", torch.get_num_threads())):
         if state[name] != now:
             warnings.warn(
                 f"this run was trained with {name} {state[name]}, now it is {now}: it goes on, but "

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import numpy as np
 
 from minrl.data.behaviours import BehaviourPolicy
+from minrl.envs.evaluation import Evaluation
 from minrl.envs.make import make_env
-from minrl.envs.rollout import Evaluation, evaluate
+from minrl.envs.rollout import evaluate
 from minrl.errors import ConfigError, MinrlError
 
 MEASURE_SEED, MEASURE_EPISODES = 777, 20

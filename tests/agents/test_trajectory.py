@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,7 @@ KINDS = {
     "interleaved-minlstm-convolution": {"backbone": "minlstm", "convolution": 3},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-B, T, O, A = 3, 20, 5, 2  # noqa: E741
+B, T, O, A = 3, 20, 5, 2
 
 
 def make(kind, **options):
@@ -54,7 +56,7 @@ def test_split_anywhere_equals_whole(kind, cuts, seed):
     whole, last = model(**inputs, **flags)
     state, parts = None, []
     edges = [0, *sorted(set(cuts)), T]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         part = slice(start, stop)
         predicted, state = model(**cut(inputs, part), **cut(flags, part), state=state)
         parts.append(predicted)

@@ -1,5 +1,7 @@
 """One tester for every backbone: what design.md promises of the state protocol."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,7 +59,7 @@ def test_split_anywhere_equals_whole(kind, cuts, seed):
     whole, last = backbone(x, resets=resets, mask=mask)
     state, parts = None, []
     edges = [0, *sorted(set(cuts)), 24]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         part = slice(start, stop)
         y, state = backbone(x[:, part], state, resets=resets[:, part], mask=mask[:, part])
         parts.append(y)
@@ -137,6 +139,7 @@ def test_one_step_changes_every_parameter(kind):
     optimizer = torch.optim.Adam(backbone.parameters(), lr=1e-2)
     backbone(make_inputs()[0])[0].square().sum().backward()
     optimizer.step()
-    unchanged = [name for name, value in backbone.named_parameters() if (value == before[name]).all()]
+    unchanged = [
+        name for name, value in backbone.named_parameters() if (value == before[name]).all()
+    ]
     assert unchanged == []
-

@@ -1,0 +1,247 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from minrl import DecisionAgent, TrajectoryModel
+from minrl.agents.trajectory import ModelConfig
+from minrl.envs.make import make_env
+from minrl.errors import CheckpointError
+
+KINDS = {
+    "mingru": {},
+    "joint": {"tokens": "joint"},
+    "minlstm-convolution": {"backbone": "minlstm", "convolution": 4},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+ROWS = 3
+
+
+def make_agent(kind="mingru", observation_size=5, action_size=2, **options):
+    torch.manual_seed(0)
+    config = ModelConfig(width=24, num_layers=2, max_timestep=1200, **KINDS[kind])
+    model = TrajectoryModel(observation_size, action_size, config)
+    for name, parameter in model.named_parameters():
+        if "bias_h0" in name:
+            torch.nn.init.normal_(parameter)
+    return DecisionAgent(model, **{"target_return": 100.0, **options})
+
+
+def make_episode(steps, rows=ROWS, seed=0):
+    generator = np.random.default_rng(seed)
+    observations = generator.normal(size=(steps, rows, 5)).astype(np.float32)
+    return observations, generator.normal(size=(steps, rows))
+
+
+def act_through(agent, observations, rewards):
+    return np.stack(
+        [
+            agent.act(observations[t], rewards[t - 1] if t else None)
+            for t in range(len(observations))
+        ]
+    )
+
+
+def forward_over(agent, observations, actions, rewards, target, first=0):
+    """One parallel forward of the model over what an agent saw: (T, B, A)."""
+    before = np.concatenate([np.zeros((1, rewards.shape[1])), np.cumsum(rewards, 0)[:-1]])
+    sequence = [
+        torch.from_numpy(np.swapaxes(x, 0, 1).astype(np.float32))
+        for x in (observations, actions, target - before)
+    ]
+    timesteps = torch.arange(len(observations)).expand(observations.shape[1], -1)
+    inputs = [x[:, first:] for x in (*sequence, timesteps)]
+    with torch.no_grad():
+        return agent.model(*inputs)[0].transpose(0, 1).numpy()
+
+
+@every_kind
+def test_a_thousand_steps_equal_one_forward_over_the_recorded_sequence(kind):
+    agent = make_agent(kind)
+    observations, rewards = make_episode(1000)
+    agent.reset(target_return=50.0, num_envs=ROWS)
+    actions = act_through(agent, observations, rewards)
+    expected = forward_over(agent, observations, actions, rewards, 50.0)
+    assert np.abs(actions - expected).max() <= 1e-5
+
+
+@every_kind
+def test_refreshing_at_every_step_equals_a_forward_over_the_window(kind):
+    agent = make_agent(kind, refresh_every=1, context=6)
+    observations, rewards = make_episode(20)
+    agent.reset(num_envs=ROWS)
+    actions = act_through(agent, observations, rewards)
+    for t in (0, 3, 5, 6, 19):
+        seen = slice(None, t + 1)
+        expected = forward_over(
+            agent, observations[seen], actions[seen], rewards[seen], 100.0, max(0, t - 5)
+        )
+        np.testing.assert_allclose(actions[t], expected[-1], atol=1e-6)
+
+
+@every_kind
+@pytest.mark.parametrize("refresh_every", [0, 1, 4])
+def test_resetting_a_row_is_a_fresh_agent_and_leaves_the_others_alone(kind, refresh_every):
+    options = {"refresh_every": refresh_every, "context": 5}
+    observations, rewards = make_episode(30)
+    plain = act_through(make_agent(kind, **options), observations, rewards)
+
+    agent = make_agent(kind, **options)
+    first = act_through(agent, observations[:12], rewards[:12])
+    agent.reset(np.array([False, True, False]))
+    rest = [
+        agent.act(observations[t], np.where([False, t == 12, False], np.nan, rewards[t - 1]))
+        for t in range(12, 30)
+    ]
+    actions = np.concatenate([first, np.stack(rest)])
+    assert np.array_equal(actions[:, [0, 2]], plain[:, [0, 2]])
+
+    fresh = make_agent(kind, **options)
+    fresh.reset(num_envs=ROWS)
+    expected = act_through(fresh, observations[12:], rewards[12:])
+    assert np.array_equal(actions[12:, 1], expected[:, 1])
+
+
+def test_each_environment_asks_for_its_own_return():
+    agent = make_agent()
+    observations, rewards = make_episode(10)
+    agent.reset(np.array([True, True, True]), target_return=10.0)
+    agent.reset(np.array([False, False, True]), target_return=2000.0)
+    mixed = act_through(agent, observations, rewards)
+    for target, rows in ((10.0, [0, 1]), (2000.0, [2])):
+        agent.reset(num_envs=ROWS, target_return=target)
+        alone = act_through(agent, observations, rewards)
+        np.testing.assert_allclose(mixed[:, rows], alone[:, rows], atol=1e-6)
+    assert np.abs(mixed[0, 2] - alone[0, 0]).max() > 1e-4
+
+
+def test_one_environment_needs_no_batch_axis():
+    observations, rewards = make_episode(10, rows=1)
+    batched = act_through(make_agent(), observations, rewards)
+    agent = make_agent()
+    agent.reset()
+    for t in range(10):
+        action = agent.act(observations[t, 0], rewards[t - 1, 0] if t else None)
+        assert action.shape == (2,)
+        assert np.array_equal(action, batched[t, 0])
+
+
+def test_the_state_does_not_grow():
+    agent = make_agent()
+    observations, rewards = make_episode(50)
+    sizes = []
+    for t in range(50):
+        agent.act(observations[t], rewards[t - 1])
+        sizes.append([tensor.shape for tensor in agent._state.model])
+    assert sizes[0] == sizes[-1]
+
+
+def test_actions_are_inside_the_box_whatever_is_seen():
+    agent = make_agent()
+    low, high = np.array([-0.3, 0.1], np.float32), np.array([0.7, 5.0], np.float32)
+    agent.model.action_low.copy_(torch.from_numpy(low))
+    agent.model.action_high.copy_(torch.from_numpy(high))
+    generator = np.random.default_rng(0)
+    for scale in (0, 1e-30, 1, 1e6, 1e30, 3e38):
+        observations = (generator.uniform(-1, 1, size=(1000, 5)) * scale).astype(np.float32)
+        agent.reset(num_envs=1000)
+        actions = agent.act(observations)
+        assert actions.dtype == np.float32
+        assert np.isfinite(actions).all()
+        assert (actions >= low).all()
+        assert (actions <= high).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_observation_is_refused_by_row_and_changes_nothing(bad):
+    agent = make_agent()
+    observations, rewards = make_episode(3)
+    agent.reset(num_envs=ROWS)
+    agent.act(observations[0])
+    poisoned = observations[1].copy()
+    poisoned[2, 4] = bad
+    with pytest.raises(ValueError, match="observation of environment 2 is not finite"):
+        agent.act(poisoned, rewards[0])
+    with pytest.raises(ValueError, match="reward is not finite"):
+        agent.act(observations[1], np.array([0, bad, 0]))
+    after = agent.act(observations[1], rewards[0])
+    expected = act_through(make_agent(), observations[:2], rewards[:2])[1]
+    assert np.array_equal(after, expected)
+
+
+def test_wrong_shapes_and_a_missing_reward_are_named():
+    agent = make_agent()
+    with pytest.raises(ValueError, match=r"trained on 5 observations, not \(4,\)"):
+        agent.act(np.zeros((2, 4), np.float32))
+    agent.act(np.zeros((2, 5), np.float32))
+    with pytest.raises(ValueError, match="act needs the reward of the step before"):
+        agent.act(np.zeros((2, 5), np.float32))
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_sb3_evaluate_policy_gives_the_returns_of_our_own_loop(n_envs):
+    agent = make_agent(observation_size=11, action_size=3)
+    venv = make_vec_env("Hopper-v5", n_envs=n_envs, seed=3)
+    returns, lengths = evaluate_policy(
+        agent,
+        venv,
+        n_eval_episodes=4,
+        return_episode_rewards=True,
+        callback=agent.watch_rewards,
+    )
+
+    expected = []
+    for row in range(n_envs):
+        env = make_env("Hopper-v5")
+        seed = 3 + row
+        for _ in range(4 // n_envs):
+            observation, _ = env.reset(seed=seed)
+            seed = None  # SB3 seeds the first reset only
+            agent.reset()
+            total, count, reward, done = 0.0, 0, None, False
+            while not done:
+                observation, reward, ended, cut, _ = env.step(agent.act(observation, reward))
+                total, count, done = total + reward, count + 1, ended or cut
+            expected.append((round(total, 3), count))
+    assert sorted(zip(np.round(returns, 3), lengths, strict=True)) == sorted(expected)
+
+
+@every_kind
+def test_a_saved_agent_acts_the_same(kind, tmp_path):
+    agent = make_agent(kind, refresh_every=3, context=7)
+    agent.info = {"step": 5, "dataset": {"dataset_id": "x"}}
+    agent.save(tmp_path / "agent.safetensors")
+    loaded = DecisionAgent.load(tmp_path / "agent.safetensors")
+    observations, rewards = make_episode(20)
+    expected = act_through(agent, observations, rewards)
+    assert np.array_equal(act_through(loaded, observations, rewards), expected)
+    assert loaded.info["step"] == 5
+    assert (loaded.refresh_every, loaded.context, loaded.target_return) == (3, 7, 100.0)
+
+
+def test_loading_an_agent_imports_no_environment_and_no_dataset_library(tmp_path):
+    make_agent().save(tmp_path / "agent.safetensors")
+    program = (
+        "import sys; from minrl import DecisionAgent;"
+        "import numpy as np;"
+        "agent = DecisionAgent.load(sys.argv[1]); agent.act(np.zeros(5, np.float32));"
+        "print([m for m in ('gymnasium', 'minari', 'mujoco', 'h5py', 'tensorboard', 'matplotlib')"
+        " if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "agent.safetensors")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_missing_file_and_another_models_file_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nothing\.safetensors"):
+        DecisionAgent.load(tmp_path / "nothing.safetensors")
+    agent = make_agent()
+    header = agent.header()
+    agent.header = lambda: {**header, "model": {**header["model"], "action_size": 9}}
+    agent.save(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not fit.*size mismatch for action_low"):
+        DecisionAgent.load(tmp_path / "other.safetensors")

@@ -1,0 +1,330 @@
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from minrl import DecisionAgent
+from minrl.agents.checkpoint import CheckpointFolder, load_weights
+from minrl.agents.trajectory import ModelConfig
+from minrl.errors import CheckpointError, ConfigError, DatasetError, EnvError
+from minrl.scripts.evaluate import evaluate_run
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.train import train
+from minrl.scripts.train_config import TrainConfig, paper, quick
+
+SMALL = ModelConfig(width=16, num_layers=1)
+
+
+def make_config(dataset, path, **options):
+    base = TrainConfig(
+        dataset=(dataset,) if isinstance(dataset, str) else dataset,
+        model=SMALL,
+        steps=12,
+        batch_size=8,
+        eval_every=4,
+        eval_episodes=2,
+        final_episodes=2,
+        log_every=5,
+        device="cpu",
+        run_dir=path,
+    )
+    return dataclasses.replace(base, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(hopper_id, tmp_path_factory):
+    """A small run from start to end."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert train(make_config(hopper_id, path)) == path
+    return path
+
+
+def weights_of(path):
+    folder = CheckpointFolder(path / "checkpoints")
+    return load_weights(folder.weights(folder.last()))[0]
+
+
+def losses_of(path):
+    rows = RunFolder(path).read_metrics()
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "evaluations.jsonl",
+        "learning_curve.png",
+        "target_vs_return.png",
+        "checkpoints",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not list(finished.rglob("*.tmp"))
+    tags = set().union(*RunFolder(finished).read_metrics())
+    for target in ("3600", "1800"):
+        for name in ("return_mean", "normalized_score_mean", "normalized_score_std", "length_mean"):
+            assert f"eval/{target}/{name}" in tags
+    assert {"train/loss", "train/grad_norm", "train/lr", "time/steps_per_s"} <= tags
+    assert "eval/action_error" in tags
+    header = (finished / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert set(header) == tags
+
+
+def test_tensorboard_has_the_same_numbers_as_the_json_lines(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished)).Reload()
+    expected = losses_of(finished)
+    got = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert got == pytest.approx(expected)
+
+
+def test_the_checkpoint_says_what_it_was_trained_on(finished, hopper_id):
+    agent = DecisionAgent.load(finished)
+    assert agent.info["step"] == 12
+    assert agent.info["dataset"]["dataset_id"] == hopper_id
+    assert len(agent.info["dataset"]["sha256"]) == 64
+    assert agent.info["environment"] == "Hopper-v5"
+    assert agent.references == pytest.approx((-20.272305, 3234.3))
+    assert agent.target_return == 3600
+    assert agent.info["training"] == RunFolder(finished).read_config().to_json()
+    assert {"python", "torch"} <= agent.info["versions"].keys()
+    assert np.abs(agent.model.observation_mean.numpy()).max() > 0
+
+
+def test_same_seed_same_run(finished, hopper_id, tmp_path):
+    train(make_config(hopper_id, tmp_path / "again"))
+    assert losses_of(tmp_path / "again") == losses_of(finished)
+    again = weights_of(tmp_path / "again")
+    assert all(torch.equal(again[name], value) for name, value in weights_of(finished).items())
+    lines = [
+        [json.loads(line) for line in (path / "evaluations.jsonl").read_text().splitlines()]
+        for path in (finished, tmp_path / "again")
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("cut", [4, 7, 11])
+def test_resume_after_a_signal_continues_bit_for_bit(
+    finished, hopper_id, tmp_path, cut, monkeypatch
+):
+    from minrl.agents.training import Trainer
+
+    plain_step = Trainer.step
+
+    def step_and_interrupt(self, batch):
+        report = plain_step(self, batch)
+        if self.step_count == cut:
+            os.kill(os.getpid(), signal.SIGINT)
+        return report
+
+    path = tmp_path / "run"
+    config = make_config(hopper_id, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step_and_interrupt)
+        train(config)
+    run = RunFolder(path)
+    assert run.checkpoints.last() == cut
+    train(run.read_config(), resume=path)
+    assert losses_of(path) == losses_of(finished)
+    resumed = weights_of(path)
+    assert all(torch.equal(resumed[name], value) for name, value in weights_of(finished).items())
+
+
+def test_resume_falls_back_when_the_last_checkpoint_is_damaged(finished, hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, final_episodes=0))
+    damaged = path / "checkpoints" / "step-00000012.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run = RunFolder(path)
+    with pytest.warns(UserWarning, match=r"step-00000012\.safetensors is damaged"):
+        train(run.read_config(), resume=path)
+    resumed = weights_of(path)
+    assert all(torch.equal(resumed[name], value) for name, value in weights_of(finished).items())
+
+
+def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, final_episodes=0))
+    config = RunFolder(path).read_config()
+    with pytest.raises(ConfigError, match="--width is 16 in this run and cannot be 8"):
+        config.continued_with(
+            dataclasses.replace(config, model=dataclasses.replace(SMALL, width=8))
+        )
+    assert config.continued_with(dataclasses.replace(config, steps=20)).steps == 20
+    from minrl.data.behaviours import make_embedded_dataset
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "other"))
+    make_embedded_dataset(hopper_id, steps=2_000, seed=1, progress=False)
+    with pytest.raises(DatasetError, match="is not the data this run was trained on"):
+        train(dataclasses.replace(config, steps=20), resume=path)
+
+
+def test_resume_of_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a run: it has no config\.json"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ConfigError, match="cannot read"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text('{"colour": "blue"}')
+    with pytest.raises(ConfigError, match="not of this version"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_a_used_run_folder_is_not_touched(finished, hopper_id):
+    before = sorted(path.name for path in finished.iterdir())
+    with pytest.raises(ConfigError, match=r"exists already.*--resume"):
+        train(make_config(hopper_id, finished))
+    assert sorted(path.name for path in finished.iterdir()) == before
+
+
+WRONG = {
+    "context-too-long": ({"context": 5000}, ConfigError, r"context must be from 1 to \d+"),
+    "no-steps": ({"steps": 0}, ConfigError, "steps must be at least 1, not 0"),
+    "held-out": ({"held_out": 1.0}, ConfigError, "held-out must be between 0 and 1, not 1.0"),
+    "backbone": (
+        {"model": ModelConfig(backbone="lstm")},
+        ConfigError,
+        "backbone must be one of mingru, minlstm, not 'lstm'",
+    ),
+    "dataset": ({"dataset": ("../x",)}, DatasetError, "malformed dataset id '../x'"),
+    "near": (
+        {"dataset": ("minrl/hoper/medium-v0",)},
+        DatasetError,
+        "minrl/hopper/medium-v0",
+    ),
+    "environment": ({"environment": "Hoper-v5"}, EnvError, r"unknown environment.*Hopper-v5"),
+    "discrete": ({"environment": "CartPole-v1"}, EnvError, "Discrete.*supports"),
+    "sizes": (
+        {"environment": "Walker2d-v5"},
+        ConfigError,
+        "environment Walker2d-v5 has 17 observations and 6 actions, the data 11 and 3",
+    ),
+    "device": ({"device": "gpu0"}, ConfigError, "device 'gpu0' cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_names_the_field_and_leaves_nothing(case, hopper_id, tmp_path):
+    options, error, message = WRONG[case]
+    options = dict(options)
+    path = tmp_path / "run"
+    with pytest.raises(error, match=message):
+        train(make_config(options.pop("dataset", hopper_id), path, **options))
+    assert not path.exists()
+
+
+def test_evaluating_in_another_environment_is_refused(finished):
+    with pytest.raises(ConfigError, match=r"checkpoint is of Hopper-v5 \(11 observations"):
+        evaluate_run(finished, episodes=1, environment="Walker2d-v5")
+
+
+def test_evaluating_without_a_sound_checkpoint_is_an_error(hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, steps=2, eval_episodes=0, final_episodes=0))
+    for file in (path / "checkpoints").glob("*.safetensors"):
+        file.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(CheckpointError, match="no sound checkpoint"),
+    ):
+        evaluate_run(path, episodes=1)
+
+
+def test_evaluation_does_not_depend_on_how_many_environments_step_together(finished):
+    results = [
+        evaluate_run(finished, episodes=4, checkpoint="last", targets=(900.0,), num_envs=number)
+        for number in (1, 3, None)
+    ]
+    for (evaluation,) in results[1:]:
+        assert evaluation.lengths.tolist() == results[0][0].lengths.tolist()
+        np.testing.assert_allclose(evaluation.returns, results[0][0].returns, rtol=1e-4)
+
+
+def test_best_and_last_are_both_reported_and_named(finished, capsys):
+    evaluate_run(finished, episodes=2)
+    output = capsys.readouterr().out
+    steps = {
+        name: re.search(rf"^{name}\s+(\d+)", output, re.M).group(1) for name in ("last", "best")
+    }
+    folder = CheckpointFolder(finished / "checkpoints")
+    assert steps == {"last": str(folder.last()), "best": str(folder.best())}
+    assert "D4RL reference scores" in output
+
+
+def test_presets_are_the_published_recipes():
+    assert quick().to_json()["preset"] == "quick"
+    hopper = paper(("minrl/hopper/medium-v0",))
+    assert (hopper.model.width, hopper.optimization.learning_rate) == (256, 1e-4)
+    walker = paper(("d4rl/walker2d/medium-v2",))
+    assert (walker.model.width, walker.optimization.learning_rate) == (128, 1e-4)
+    cheetah = paper(("mujoco/halfcheetah/medium-replay-v0",))
+    assert (cheetah.model.width, cheetah.optimization.learning_rate) == (128, 1e-3)
+    for config in (hopper, walker, cheetah):
+        assert (config.steps, config.optimization.warmup_steps) == (100_000, 10_000)
+        assert (config.context, config.batch_size, config.model.num_layers) == (20, 64, 3)
+        assert (config.model.dropout, config.optimization.weight_decay) == (0.1, 1e-4)
+        config.check()
+
+
+def test_configuration_survives_its_json():
+    config = dataclasses.replace(paper(), targets=(1.0, 2.0))
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_torchrun_gives_the_loss_curve_of_one_process(hopper_id, tmp_path):
+    model = dataclasses.replace(SMALL, dropout=0.0)
+    options = {"model": model, "eval_episodes": 0, "final_episodes": 0, "log_every": 1, "steps": 6}
+    train(make_config(hopper_id, tmp_path / "one", **options))
+    config = make_config(hopper_id, tmp_path / "two", **options)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, sys\n"
+        "from minrl.scripts.train import train\n"
+        "from minrl.scripts.train_config import TrainConfig\n"
+        "train(TrainConfig.from_json(json.load(open(sys.argv[1]))))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(program), str(tmp_path / "config.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    together = weights_of(tmp_path / "two")
+    for name, value in weights_of(tmp_path / "one").items():
+        torch.testing.assert_close(together[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_ctrl_c_on_the_command_line_saves_and_says_how_to_go_on(hopper_id, tmp_path):
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "minrl.cli", "train", "--dataset", hopper_id]
+    command += ["--steps", "100000", "--width", "16", "--run-dir", str(path), "--device", "cpu"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        deadline = time.monotonic() + 60
+        while not (path / "metrics.jsonl").exists() or not losses_of(path):
+            assert time.monotonic() < deadline, "no training step within a minute"
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        output, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    step = CheckpointFolder(path / "checkpoints").last()
+    assert f"stopped at step {step} and saved" in output
+    assert f"minrl train --resume {path}" in output
