@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -121,7 +122,6 @@ class CheckpointFolder:
         tensors: Mapping[str, Tensor],
         header: Mapping,
         trainer_state: Mapping,
-        score: float | None = None,
     ) -> Path:
         """Write the checkpoint of ``step`` and remove the oldest; return its weights' path.
 
@@ -130,9 +130,11 @@ class CheckpointFolder:
             tensors: Weights of the model that acts.
             header: What :meth:`DecisionAgent.load` needs, JSON-serialisable.
             trainer_state: Tensors, numbers, strings, lists and dicts only.
-            score: What "best" is judged by; larger is better.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self.path}: {error}") from error
         buffer = io.BytesIO()
         torch.save(dict(trainer_state), buffer)
         weights, trainer, record = self._files(step)
@@ -140,16 +142,20 @@ class CheckpointFolder:
         for path, content in contents.items():
             write_atomically(path, content)
         digests = {path.name: digest_of(content) for path, content in contents.items()}
-        sealed = _seal({"step": step, "score": score, "files": digests, **header}, indent=2)
+        sealed = _seal({"step": step, "score": None, "files": digests, **header}, indent=2)
         write_atomically(record, sealed.encode())
         self._remove_old()
         return weights
 
+    def set_score(self, step: int, score: float) -> None:
+        """Note what "best" is judged by for a checkpoint that is there; larger is better."""
+        sealed = _seal({**self._record(step), "score": score}, indent=2)
+        write_atomically(self._files(step)[2], sealed.encode())
+
     def steps(self) -> list[int]:
         """Return the steps of all finished checkpoints, ascending."""
-        return sorted(
-            int(path.stem.removeprefix("step-")) for path in self.path.glob("step-*.json")
-        )
+        names = (re.fullmatch(r"step-(\d{8,})\.json", path.name) for path in self.path.glob("*"))
+        return sorted(int(name[1]) for name in names if name)
 
     def last(self) -> int:
         """Return the newest step whose files are all unchanged, warning of those that are not.

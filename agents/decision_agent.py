@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from minrl import __version__
 from minrl.agents.backbones.blocks import State
 from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights, write_atomically
+from minrl.agents.recent_steps import RecentSteps
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError
 
 SINGLE_THREAD_BELOW = 256
+
+# Of a normalised observation: no real one comes near, and beyond it float32 squares overflow.
+LARGEST = 1e4
 
 
 @dataclass
@@ -35,7 +39,7 @@ class AgentState:
     model: State
     returns_to_go: np.ndarray
     timesteps: np.ndarray
-    window: "RecentSteps | None" = None
+    window: RecentSteps | None = None
 
 
 class DecisionAgent:
@@ -109,7 +113,8 @@ class DecisionAgent:
         """
         observations = np.asarray(observations, dtype=np.float32)
         if observations.ndim == 1:
-            return self.act(observations[None], None if rewards is None else [rewards])[0]
+            rewards = None if rewards is None else np.reshape(rewards, 1)
+            return self.act(observations[None], rewards)[0]
         batch = len(observations)
         if batch != len(self._starts):
             self._resize(batch)
@@ -173,7 +178,10 @@ class DecisionAgent:
 
         Raises:
             CheckpointError: If there is none, or it is damaged or does not fit this version.
+            ValueError: If ``checkpoint`` is neither of the two.
         """
+        if checkpoint not in ("last", "best"):
+            raise ValueError(f'checkpoint must be "last" or "best", not {checkpoint!r}')
         path = Path(path)
         if path.is_dir():
             folder = CheckpointFolder(path / "checkpoints" if path.name != "checkpoints" else path)
@@ -205,7 +213,12 @@ class DecisionAgent:
                 "refresh_every": self.refresh_every,
                 "context": self.context,
             },
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "versions": {
+                "minrl": __version__,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+            },
         }
 
     def _resize(self, batch: int) -> None:
@@ -232,48 +245,51 @@ class DecisionAgent:
         targets: np.ndarray,
     ) -> tuple[np.ndarray, AgentState]:
         """Return the actions and the state after them; a pure function but for the window."""
-        batch = len(observations)
-        if observations.shape != (batch, self.model.observation_size):
-            raise ValueError(
-                f"the agent was trained on {self.model.observation_size} observations, not "
-                f"{observations.shape[1:]}"
-            )
-        if not np.isfinite(observations).all():
-            row = int(np.argmin(np.isfinite(observations).all(axis=1)))
-            raise ValueError(f"the observation of environment {row} is not finite")
-        returns_to_go = targets.copy()
-        if not starts.all():
-            if rewards is None:
-                raise ValueError(
-                    "act needs the reward of the step before: act(observation, reward)"
-                )
-            rewards = np.broadcast_to(np.asarray(rewards, dtype=np.float64), batch)
-            if not np.isfinite(rewards[~starts]).all():
-                raise ValueError("a reward is not finite")
-            returns_to_go[~starts] = (state.returns_to_go - rewards)[~starts]
+        self._check(observations)
+        model, batch = self.model, len(observations)
+        returns_to_go = _count_down(state, rewards, starts, targets)
         timesteps = np.where(starts, 0, state.timesteps + 1)
-        inputs = [
-            torch.from_numpy(np.asarray(value, dtype=dtype)).to(self.device)
-            for value, dtype in (
-                (observations, np.float32),
-                (returns_to_go, np.float32),
-                (timesteps, np.int64),
-            )
-        ]
+        seen = torch.from_numpy(observations).to(self.device)
+        room = LARGEST * model.observation_std
+        inputs = (
+            seen.clamp(model.observation_mean - room, model.observation_mean + room),
+            torch.from_numpy(returns_to_go.astype(np.float32)).to(self.device),
+            torch.from_numpy(timesteps).to(self.device),
+        )
         reset = torch.from_numpy(starts).to(self.device) if starts.any() else None
         with _few_threads(batch):
-            predicted, model_state = self.model.step(*inputs, state.model, reset)
+            predicted, model_state = model.step(*inputs, state.model, reset)
             if state.window is not None:
                 state.window.append(*inputs, state.model[-1], starts)
                 due = (timesteps > 0) & (timesteps % self.refresh_every == 0)
-                predicted, model_state = state.window.refresh(
-                    self.model, due, predicted, model_state
-                )
-        actions = torch.clamp(predicted, self.model.action_low, self.model.action_high)
-        model_state = (*model_state[:-1], actions)
-        return actions.cpu().numpy(), AgentState(
-            model_state, returns_to_go, timesteps, state.window
-        )
+                predicted, model_state = state.window.refresh(model, due, predicted, model_state)
+        actions = torch.clamp(predicted, model.action_low, model.action_high)
+        after = AgentState((*model_state[:-1], actions), returns_to_go, timesteps, state.window)
+        return actions.cpu().numpy(), after
+
+    def _check(self, observations: np.ndarray) -> None:
+        wanted = (len(observations), self.model.observation_size)
+        if observations.shape != wanted:
+            raise ValueError(
+                f"the agent was trained on {wanted[1]} observations, not {observations.shape[1:]}"
+            )
+        finite = np.isfinite(observations).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"the observation of environment {finite.argmin()} is not finite")
+
+
+def _count_down(
+    state: AgentState, rewards: Any, starts: np.ndarray, targets: np.ndarray
+) -> np.ndarray:
+    """Return what is still asked for: the target at a start, else less by the last reward."""
+    if starts.all():
+        return targets.copy()
+    if rewards is None:
+        raise ValueError("act needs the reward of the step before: act(observation, reward)")
+    rewards = np.broadcast_to(np.asarray(rewards, dtype=np.float64), starts.shape)
+    if not np.isfinite(rewards[~starts]).all():
+        raise ValueError("a reward is not finite")
+    return np.where(starts, targets, state.returns_to_go - rewards)
 
 
 @contextlib.contextmanager
@@ -290,68 +306,3 @@ def _few_threads(batch: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class RecentSteps:
-    """The last ``context`` steps of each of B episodes, to rebuild recurrent states from."""
-
-    def __init__(self, model: TrajectoryModel, batch: int, context: int):
-        zeros = model.action_low.new_zeros
-        self.observations = zeros(batch, context, model.observation_size)
-        self.actions = zeros(batch, context, model.action_size)
-        self.returns_to_go = zeros(batch, context)
-        self.timesteps = zeros(batch, context, dtype=torch.long)
-        self.lengths = zeros(batch, dtype=torch.long)
-        self.rows = torch.arange(batch, device=self.lengths.device)
-
-    def append(
-        self,
-        observations: Tensor,
-        returns_to_go: Tensor,
-        timesteps: Tensor,
-        previous_actions: Tensor,
-        starts: np.ndarray,
-    ) -> None:
-        """Add one step; ``previous_actions`` (B, A) belong to the step before it."""
-        context = self.observations.shape[1]
-        going_on = torch.from_numpy(~starts).to(self.lengths.device)
-        before = self.rows[going_on]
-        self.actions[before, self.lengths[before] - 1] = previous_actions[before]
-        self.lengths = torch.where(going_on, self.lengths, 0)
-        full = self.lengths == context
-        for kept in (self.observations, self.actions, self.returns_to_go, self.timesteps):
-            kept[full, :-1] = kept[full, 1:].clone()
-        self.lengths = self.lengths.clamp(max=context - 1) + 1
-        last = self.lengths - 1
-        self.observations[self.rows, last] = observations
-        self.returns_to_go[self.rows, last] = returns_to_go
-        self.timesteps[self.rows, last] = timesteps
-
-    def refresh(
-        self, model: TrajectoryModel, due: np.ndarray, predicted: Tensor, state: State
-    ) -> tuple[Tensor, State]:
-        """Return ``predicted`` and ``state`` with the rows that are ``due`` rebuilt from here.
-
-        All rows and steps are computed whichever are due, because the shape of a matrix product
-        decides its rounding: so no row's actions depend on when another was reset.
-        """
-        if not due.any():
-            return predicted, state
-        steps = torch.arange(self.observations.shape[1], device=self.rows.device)
-        every, rebuilt = model(
-            self.observations,
-            self.actions,
-            self.returns_to_go,
-            self.timesteps,
-            mask=steps < self.lengths.unsqueeze(1),
-        )
-        chosen = torch.from_numpy(due).to(self.rows.device)
-        pairs = [
-            (every[self.rows, self.lengths - 1], predicted),
-            *zip(rebuilt, state, strict=True),
-        ]
-        predicted, *state = (
-            torch.where(chosen.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
-            for new, old in pairs
-        )
-        return predicted, tuple(state)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,21 +15,38 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from minrl.agents.losses import masked_action_loss
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.windows import Batch
-from minrl.errors import TrainingError
+from minrl.errors import ConfigError, TrainingError
 
 SKIPS_ALLOWED = 10
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device, "auto" being a GPU if there is one, each process of torchrun its own.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
 
 
 @dataclass(frozen=True)
 class OptimizationConfig:
     """How the weights are moved."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """After the warm-up."""
     warmup_steps: int = 200
     """Steps over which the learning rate rises linearly."""
-    schedule: str = "constant"
-    """constant or cosine (down to zero at the last step), after the warm-up."""
+    schedule: str = "cosine"
+    """constant, or cosine (down to zero at the last step), after the warm-up."""
     weight_decay: float = 1e-4
     """AdamW's."""
     gradient_clip: float = 0.25
@@ -206,7 +224,7 @@ class Trainer:
             precision = torch.autocast(self.device.type, torch.bfloat16)
         with precision:
             predicted, _ = model(**on_device, action_dropout=action_dropout)
-        reach = (self.model.action_high - self.model.action_low) / 2
+        reach = self.model.action_reach
         return masked_action_loss(predicted.float(), on_device["actions"], loss_mask, reach)
 
     def _skip(self, report: StepReport) -> StepReport:

@@ -15,9 +15,6 @@ from minrl.agents.backbones.scan import CANDIDATES
 
 TOKENS = ("interleaved", "joint")
 
-# Of a normalised observation: no real one comes near, and beyond it float32 squares overflow.
-LARGEST = 1e4
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -25,9 +22,9 @@ class ModelConfig:
 
     backbone: str = "mingru"
     """Sequence mixer: mingru or minlstm."""
-    tokens: str = "interleaved"
-    """interleaved: return, observation and action are tokens of their own, as in the paper;
-    joint: one token a step, about 2.5 times faster to train."""
+    tokens: str = "joint"
+    """joint: one token a step, about 2.5 times faster to train; interleaved: return, observation
+    and action are tokens of their own, as in the paper."""
     width: int = 64
     """Features of a token."""
     num_layers: int = 3
@@ -36,7 +33,7 @@ class ModelConfig:
     """Hidden channels of the recurrent cell per feature."""
     mlp_ratio: int = 4
     """Hidden features of the MLP per feature; 0 leaves the MLP out."""
-    dropout: float = 0.1
+    dropout: float = 0.0
     """On embedded tokens, after mixers and after MLPs."""
     convolution: int = 0
     """Kernel size of a causal convolution before each mixer; 0 leaves it out."""
@@ -49,8 +46,9 @@ class ModelConfig:
     """minlstm only: added to the forget gate's bias at the start."""
     max_timestep: int = 1000
     """Timesteps with an embedding of their own; later ones share the last."""
-    return_scale: float = 1000.0
-    """Returns-to-go are divided by this."""
+    return_scale: float | None = None
+    """Returns-to-go are divided by this; by default 1000, as in the papers, or in training on other
+    tasks than theirs the largest return in the data."""
 
     def problems(self) -> list[str]:
         """Return what is impossible in this configuration, naming field and range."""
@@ -75,7 +73,7 @@ class ModelConfig:
                 found.append(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.return_scale <= 0:
+        if self.return_scale is not None and not self.return_scale > 0:
             found.append(f"return_scale must be positive, not {self.return_scale}")
         return found
 
@@ -101,6 +99,7 @@ class TrajectoryModel(nn.Module):
         super().__init__()
         self.config = config = config or ModelConfig()
         self.observation_size, self.action_size = observation_size, action_size
+        self.return_scale = config.return_scale or 1000.0
         options = {"candidate": config.candidate}
         if config.backbone == "minlstm":
             options |= {"normalize": config.normalize, "forget_bias": config.forget_bias}
@@ -150,7 +149,7 @@ class TrajectoryModel(nn.Module):
 
     def initial_state(self, batch_size: int) -> State:
         """Return the state before an episode: the learned one, and no action (mid-range)."""
-        no_action = self._action_range()[0].expand(batch_size, -1)
+        no_action = self.action_middle.expand(batch_size, -1)
         return (*self.backbone.initial_state(batch_size), no_action)
 
     def forward(
@@ -174,7 +173,8 @@ class TrajectoryModel(nn.Module):
             timesteps: Step in the episode, (B, T) integer.
             state: From the call before, to go on where it ended; a new sequence if not given.
             resets: (B, T) bool, True where a new episode starts at that step.
-            mask: (B, T) bool, False where a step is not valid; its inputs may be anything.
+            mask: (B, T) bool, False where a step is not valid; its inputs may be anything. Without
+                a ``state``, pad on the right: a sequence starts with its first step.
             action_dropout: Chance to hide each previous action from the model, in training.
 
         Returns:
@@ -198,13 +198,14 @@ class TrajectoryModel(nn.Module):
         hidden, after = self.backbone(
             tokens[:, skip:],
             tuple(backbone_state),
-            resets=None if resets is None else self._spread(resets, start_only=True)[:, skip:],
+            resets=None if resets is None else self._spread_starts(resets)[:, skip:],
             mask=None if mask is None else self._spread(mask)[:, skip:],
         )
         if self.config.tokens == "interleaved":
             hidden = hidden[:, 2 - skip :: 3]  # the state tokens
-        predicted = torch.tanh(self.head(self.output_norm(hidden)))
-        return self._scale(predicted), (*after, taken[:, -1])
+        normalised = torch.tanh(self.head(self.output_norm(hidden)))
+        predicted = self.action_middle + self.action_reach * normalised
+        return predicted, (*after, taken[:, -1])
 
     def step(
         self,
@@ -252,13 +253,13 @@ class TrajectoryModel(nn.Module):
         last = self.config.max_timestep - 1
         now = self.embed_timestep(timesteps.clamp(0, last))  # B T D
         before = self.embed_timestep((timesteps - 1).clamp(0, last))
-        seen = self.embed_action(self._unscale(previous))
+        seen = self.embed_action((previous - self.action_middle) / self.action_reach)
         if self.training and action_dropout:
             hidden = torch.rand(batch, length, 1, device=seen.device) < action_dropout
             seen = seen.masked_fill(hidden, 0.0)
-        returns = self.embed_return(returns_to_go.unsqueeze(-1) / self.config.return_scale)
+        returns = self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale)
         normalised = (observations - self.observation_mean) / self.observation_std
-        observed = self.embed_observation(normalised.clamp(-LARGEST, LARGEST))
+        observed = self.embed_observation(normalised)
         if self.config.tokens == "joint":
             if resets is not None:
                 seen = seen.masked_fill(resets.unsqueeze(-1), 0.0)
@@ -269,24 +270,26 @@ class TrajectoryModel(nn.Module):
             )
         return self.embedding_dropout(self.embedding_norm(tokens))
 
-    def _spread(self, flags: Tensor, start_only: bool = False) -> Tensor:
-        """Spread flags of steps, (B, T), over their tokens; a start is at the return's token."""
+    def _spread(self, mask: Tensor) -> Tensor:
+        """Spread the mask of steps, (B, T), over their tokens."""
+        return mask if self.config.tokens == "joint" else mask.repeat_interleave(3, dim=1)
+
+    def _spread_starts(self, resets: Tensor) -> Tensor:
+        """Spread resets of steps, (B, T), over their tokens: an episode starts at its return's."""
         if self.config.tokens == "joint":
-            return flags
-        action_flags = torch.zeros_like(flags) if start_only else flags
-        observation_flags = action_flags
-        return torch.stack([action_flags, flags, observation_flags], dim=2).flatten(1, 2)
+            return resets
+        no = torch.zeros_like(resets)
+        return torch.stack([no, resets, no], dim=2).flatten(1, 2)
 
-    def _scale(self, normalised: Tensor) -> Tensor:
-        middle, reach = self._action_range()
-        return middle + reach * normalised
+    @property
+    def action_middle(self) -> Tensor:
+        """The middle of the action bounds, (A,)."""
+        return (self.action_low + self.action_high) / 2
 
-    def _unscale(self, actions: Tensor) -> Tensor:
-        middle, reach = self._action_range()
-        return (actions - middle) / reach
-
-    def _action_range(self) -> tuple[Tensor, Tensor]:
-        return (self.action_low + self.action_high) / 2, (self.action_high - self.action_low) / 2
+    @property
+    def action_reach(self) -> Tensor:
+        """Half the width of the action bounds, (A,); not zero even where the bounds are equal."""
+        return ((self.action_high - self.action_low) / 2).clamp(min=1e-6)
 
 
 def _actions_before(actions: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:

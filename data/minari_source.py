@@ -54,7 +54,8 @@ def load_dataset(
     """
     if on_bad_episode not in ("raise", "drop"):
         raise ConfigError(f'on_bad_episode must be "raise" or "drop", got {on_bad_episode!r}')
-    ids = dataset.split("+") if isinstance(dataset, str) else list(dataset)
+    named = [dataset] if isinstance(dataset, str) else dataset
+    ids = [dataset_id for name in named for dataset_id in name.split("+")]
     if not ids:
         raise ConfigError("dataset must name at least one dataset id, got none")
     for dataset_id in ids:

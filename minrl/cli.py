@@ -1,6 +1,5 @@
 """The ``minrl`` command: each subcommand is one file of ``minrl.scripts``, imported when used."""
 
-import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from typing import Any
 
 from minrl import __version__
 from minrl.errors import MinrlError
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 COMMANDS = {
     "train": "train on offline data, evaluate, leave a run folder",
@@ -32,14 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     warnings.showwarning = _show_warning
     try:
-        _RUN[command](rest)
-    except MinrlError as error:
+        return _RUN[command](rest)
+    except (MinrlError, OSError) as error:  # OSError: a full disk, a folder that is not writable
         print(f"minrl: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minrl: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
 
 
 def usage() -> str:
@@ -56,57 +56,63 @@ def usage() -> str:
     )
 
 
-def _train(arguments: list[str]) -> None:
-
+def _train(arguments: list[str]) -> int:
     from minrl.scripts.run_folder import RunFolder
     from minrl.scripts.train import train
     from minrl.scripts.train_config import PRESETS, TrainConfig
 
     # What the flags not given stand at depends on these three, so they are looked at first.
-    resume = _value_of("--resume", arguments)
-    preset = PRESETS.get(_value_of("--preset", arguments) or "quick", PRESETS["quick"])
+    resume = _last_value_of("--resume", arguments)
+    preset = PRESETS.get(_last_value_of("--preset", arguments) or "quick", PRESETS["quick"])
     if resume:
         base = RunFolder(resume).read_config()
     else:
-        dataset = _value_of("--dataset", arguments)
+        dataset = _last_value_of("--dataset", arguments)
         base = preset((dataset,)) if dataset else preset()
 
-    def run(config: TrainConfig = base, resume: Path | None = None) -> None:
-        train(base.continued_with(config) if resume else config, resume)
+    def run(config: TrainConfig = base, resume: Path | None = None) -> int:
+        config = base.continued_with(config) if resume else config
+        folder = RunFolder(train(config, resume))
+        return 0 if folder.is_finished() else INTERRUPTED
 
     run.__doc__ = train.__doc__
-    _call(run, "train", arguments)
+    return _call(run, "train", arguments)
 
 
-def _evaluate(arguments: list[str]) -> None:
+def _evaluate(arguments: list[str]) -> int:
     from minrl.scripts.evaluate import evaluate_command
 
     _call(evaluate_command, "evaluate", arguments)
+    return 0
 
 
-def _datasets(arguments: list[str]) -> None:
+def _datasets(arguments: list[str]) -> int:
     import tyro
 
-    datasets = importlib.import_module("minrl.scripts.datasets")
+    from minrl.scripts import datasets
+
     tyro.extras.subcommand_cli_from_dict(datasets.COMMANDS, prog="minrl datasets", args=arguments)
+    return 0
 
 
 _RUN = {"train": _train, "evaluate": _evaluate, "datasets": _datasets}
 
 
-def _call(function: Any, command: str, arguments: list[str]) -> None:
+def _call(function: Any, command: str, arguments: list[str]) -> Any:
     import tyro
 
-    tyro.cli(function, prog=f"minrl {command}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(function, prog=f"minrl {command}", args=arguments, config=config)
 
 
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == flag and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
+def _last_value_of(flag: str, arguments: list[str]) -> str | None:
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == flag:
+            value = following
+        elif argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
+    return value
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -33,7 +33,9 @@ def make_command(
         raise ConfigError(f"seed must be at least 0, got {seed}")
     for dataset_id in ids or EMBEDDED_IDS:
         made = make_embedded_dataset(dataset_id, steps=steps, seed=seed)
-        state = "made" if made else "exists already, left as it is"
+        state = (
+            "made" if made else "exists already, left as it is; remove its folder to make it anew"
+        )
         print(f"{dataset_id}: {state} ({dataset_folder(dataset_id)})")
 
 

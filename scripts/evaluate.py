@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from minrl.agents.decision_agent import DecisionAgent
+from minrl.agents.training import choose_device
 from minrl.envs.evaluation import Evaluation
 from minrl.envs.make import check_spaces, make_env
 from minrl.envs.rollout import evaluate
@@ -16,6 +18,7 @@ from minrl.scripts.run_folder import RunFolder
 
 SWEEP_TARGETS, SWEEP_EPISODES = 6, 10
 CHECKPOINTS = ("both", "last", "best")
+VIDEO_FORMATS = (".mp4", ".gif")
 
 
 def evaluate_command(
@@ -47,6 +50,8 @@ def evaluate_command(
         device: cpu, cuda ...
         video: Write one episode at the first target to this .mp4 or .gif file.
     """
+    if video is not None and video.suffix not in VIDEO_FORMATS:
+        raise ConfigError(f"video must end in {' or '.join(VIDEO_FORMATS)}, not {str(video)!r}")
     evaluate_run(
         run,
         episodes=episodes,
@@ -61,10 +66,11 @@ def evaluate_command(
     if video is not None:
         from minrl.envs.video import record_video
 
-        agent, environment = load_agent(run, "last", environment, refresh_every, device)
+        name = "best" if checkpoint == "best" else "last"
+        agent, environment = load_agent(run, name, environment, refresh_every, device)
         target = targets[0] if targets else agent.target_return
         record_video(agent, environment, video, target_return=target, seed=seed)
-        print(f"video of one episode at target {target:g}: {video}")
+        print(f"video of one episode of the {name} checkpoint at target {target:g}: {video}")
 
 
 def evaluate_run(
@@ -91,6 +97,8 @@ def evaluate_run(
         raise ConfigError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, not {checkpoint!r}")
     if episodes < 1:
         raise ConfigError(f"episodes must be at least 1, not {episodes}")
+    if refresh_every is not None and refresh_every < 0:
+        raise ConfigError(f"refresh-every must be at least 0, not {refresh_every}")
     folder = RunFolder(run)
     targets = targets or folder.read_config().targets
     names = ("last", "best") if checkpoint == "both" else (checkpoint,)
@@ -123,8 +131,9 @@ def evaluate_run(
             with (folder.path / "evaluations.jsonl").open("a") as file:
                 file.write(json.dumps(line | evaluation.to_dict()) + "\n")
     agent, environment_id = agents[names[0]]
-    print(f"{episodes} episodes each in {environment_id}, seed {seed}; score in percent")
-    print(f"({agent.info['dataset']['score_note']})")
+    print(f"{episodes} episodes each in {environment_id}, seed {seed}; score in percent:")
+    known = evaluations[0].normalized is not None
+    print(agent.info["dataset"]["score_note"] if known else "no reference scores are known")
     return evaluations
 
 
@@ -140,39 +149,52 @@ def load_agent(
     Raises:
         ConfigError: If there is no environment, or it has other sizes than the agent.
     """
-    agent = DecisionAgent.load(run, checkpoint=checkpoint, device=device)
+    if not Path(run).is_dir():
+        raise ConfigError(f"{run} is not the folder of a run")
+    agent = DecisionAgent.load(run, checkpoint=checkpoint, device=choose_device(device))
     if refresh_every is not None:
         agent.refresh_every = refresh_every
-    environment = environment or agent.info["environment"]
+    trained_for = agent.info["environment"]
+    environment = environment or trained_for
     if environment is None:
         raise ConfigError("the data of this run names no environment: give --environment")
-    made = make_env(environment)
-    check_spaces(made)
-    sizes = made.observation_space.shape[0], made.action_space.shape[0]
-    made.close()
-    wanted = agent.model.observation_size, agent.model.action_size
-    if sizes != wanted:
-        raise ConfigError(
-            f"this checkpoint is of {agent.info['environment']} ({wanted[0]} observations, "
-            f"{wanted[1]} actions); {environment} has {sizes[0]} and {sizes[1]}"
-        )
+    sizes = agent.model.observation_size, agent.model.action_size
+    check_environment(environment, sizes, trained_for, "this checkpoint")
     return agent, environment
 
 
-def plot_asked_against_got(run: Path | str, *, seed: int = FINAL_SEED) -> None:
-    """Ask the last checkpoint for returns from low to its first target; draw what it gets."""
+def check_environment(name: str, sizes: tuple[int, int], belongs_to: str | None, what: str) -> None:
+    """Refuse an environment that data or a checkpoint does not belong to.
+
+    Args:
+        name: Gymnasium id.
+        sizes: Of observations and actions in the data or checkpoint.
+        belongs_to: The environment it is from, if known; another version of it will do.
+        what: "the data" or "this checkpoint".
+
+    Raises:
+        EnvError: If there is no such environment or it is not supported.
+        ConfigError: If it is another one.
+    """
+    environment = make_env(name)
+    check_spaces(environment)
+    found = environment.observation_space.shape[0], environment.action_space.shape[0]
+    environment.close()
+    other = belongs_to is not None and name.rpartition("-v")[0] != belongs_to.rpartition("-v")[0]
+    if other or found != sizes:
+        raise ConfigError(
+            f"{what} is from {belongs_to or 'elsewhere'} ({sizes[0]} observations, {sizes[1]} "
+            f"actions), not from {name} ({found[0]} and {found[1]})"
+        )
+
+
+def plot_asked_against_got(run: Path | str, *, lowest: float, seed: int = FINAL_SEED) -> None:
+    """Ask the last checkpoint for returns from ``lowest`` to its target; draw what it gets."""
     agent, environment = load_agent(run, "last", None, None, "cpu")
+    targets = np.linspace(lowest, agent.target_return, SWEEP_TARGETS)
     evaluations = [
-        evaluate(
-            agent,
-            environment,
-            episodes=SWEEP_EPISODES,
-            target_return=agent.target_return * (index + 1) / SWEEP_TARGETS,
-            seed=seed,
-        )
-        for index in tqdm(
-            range(SWEEP_TARGETS), unit="target", desc="asked against got", leave=False
-        )
+        evaluate(agent, environment, episodes=SWEEP_EPISODES, target_return=target, seed=seed)
+        for target in tqdm(targets, unit="target", desc="asked against got", leave=False)
     ]
     title = f"{agent.model.config.backbone} on {agent.info['dataset']['dataset_id']}"
     plot_target_vs_return(evaluations, title, Path(run) / "target_vs_return.png")

@@ -49,7 +49,8 @@ def plot_target_vs_return(evaluations: Sequence[Evaluation], title: str, path: P
         axis.plot(points, evaluation.returns, ".", color="tab:blue", alpha=0.3)
     means = [evaluation.return_mean for evaluation in evaluations]
     axis.plot(asked, means, marker="o", color="tab:blue", label="got (mean)")
-    axis.plot([0, max(asked)], [0, max(asked)], "--", color="grey", label="as asked")
+    ends = [min(asked), max(asked)]
+    axis.plot(ends, ends, "--", color="grey", label="as asked")
     axis.set_xlabel("return asked for")
     axis.set_ylabel("return got")
     axis.legend()

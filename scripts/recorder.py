@@ -1,6 +1,7 @@
 """What happens beside the training loop: progress, metrics, evaluations, checkpoints."""
 
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,7 @@ class Recorder:
         trainer: What to watch.
         dataset: Goes into every checkpoint.
         held_out: Batches to measure the action error on.
+        losses: Of the steps since the last line of metrics, if the run is resumed between two.
     """
 
     def __init__(
@@ -42,18 +44,19 @@ class Recorder:
         trainer: Trainer,
         dataset: DatasetInfo,
         held_out: Sequence[Batch],
+        losses: Sequence[float] = (),
     ):
         self.run, self.metrics, self.config, self.trainer = run, metrics, config, trainer
-        self.dataset, self.held_out = dataset, held_out
-        self.losses: list[float] = []
-        self.bar = tqdm(
-            total=config.steps, initial=trainer.step_count, unit="step", desc="train", leave=True
-        )
+        self.dataset, self.held_out, self.losses = dataset, held_out, list(losses)
+        self.bar = tqdm(total=config.steps, initial=trainer.step_count, unit="step", desc="train")
         self.shown: dict[str, str] = {}
+        self.steps_timed, self.seconds = 0, 0.0
+        self.started = time.perf_counter()
 
     def after_step(self, report: StepReport) -> None:
-        """Log, evaluate and save when it is time."""
+        """Log, save and evaluate when it is time."""
         config, step = self.config, self.trainer.step_count
+        self.steps_timed += 1
         self.bar.update()
         if not report.skipped:
             self.losses.append(report.loss)
@@ -61,20 +64,22 @@ class Recorder:
         if step % config.log_every == 0 or last:
             self._log(report)
         if step % config.eval_every == 0 or last:
-            self.save(self._evaluate())
+            self.seconds += time.perf_counter() - self.started
+            self.save()  # first, so that nothing in the evaluation can lose the training
+            self._evaluate()
+            self.started = time.perf_counter()
 
-    def save(self, score: float | None = None) -> None:
-        """Write a checkpoint; ``score`` is what the best is chosen by."""
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        agent = self.agent()
         state = {
             "trainer": self.trainer.state_dict(),
             "losses": self.losses,
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
         }
-        agent = self.agent()
-        self.run.checkpoints.save(
-            self.trainer.step_count, agent.model.state_dict(), agent.header(), state, score
-        )
+        weights = agent.model.state_dict()
+        self.run.checkpoints.save(self.trainer.step_count, weights, agent.header(), state)
 
     def agent(self) -> DecisionAgent:
         """Return the agent that the weights of this moment make."""
@@ -92,8 +97,11 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """Write the table and the picture of all metrics so far."""
+        """Save what is not saved yet, and write the table and the picture of all metrics."""
         self.bar.close()
+        step = self.trainer.step_count
+        if step and step not in self.run.checkpoints.steps():
+            self.save()
         self.run.write_csv()
         title = (
             f"{self.config.model.backbone} on {self.dataset.dataset_id}, seed {self.config.seed}"
@@ -102,7 +110,13 @@ class Recorder:
         plot_learning_curve(self.run.read_metrics(), self.config.targets, title, picture)
 
     def _log(self, report: StepReport) -> None:
-        values = {"train/lr": report.learning_rate, "time/steps_per_s": self._steps_per_second()}
+        now = time.perf_counter()
+        seconds = self.seconds + now - self.started
+        values = {
+            "train/lr": report.learning_rate,
+            "time/steps_per_s": self.steps_timed / max(seconds, 1e-9),
+        }
+        self.steps_timed, self.seconds, self.started = 0, 0.0, now
         if self.losses:  # none if every step was skipped
             values["train/loss"] = float(np.mean(self.losses))
             self.shown["loss"] = f"{values['train/loss']:.4f}"
@@ -112,15 +126,12 @@ class Recorder:
         self.metrics.write(self.trainer.step_count, values)
         self.bar.set_postfix(self.shown)
 
-    def _steps_per_second(self) -> float:
-        return float(self.bar.format_dict["rate"] or 0.0)
-
-    def _evaluate(self) -> float | None:
-        """Return the mean return at the first target, None without evaluation."""
+    def _evaluate(self) -> None:
+        """Measure action error and returns; the mean return at the first target is the score."""
         step, config = self.trainer.step_count, self.config
         self.metrics.write(step, {"eval/action_error": self.trainer.action_error(self.held_out)})
         if not (config.environment and config.eval_episodes):
-            return None
+            return
         agent = self.agent()
         evaluations = []
         for target in config.targets:
@@ -136,11 +147,11 @@ class Recorder:
             self.metrics.write(step, evaluation_metrics(evaluation))
             evaluations.append(evaluation)
         first = evaluations[0]
+        self.run.checkpoints.set_score(step, first.return_mean)
         self.shown["return"] = f"{first.return_mean:.0f}"
         if first.normalized:
             self.shown["score"] = f"{first.normalized['mean']:.1f}%"
         self.bar.set_postfix(self.shown)
-        return first.return_mean
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -29,7 +29,7 @@ class RunFolder:
         """Make the folder and write config.json.
 
         Raises:
-            ConfigError: If the folder has something in it already.
+            ConfigError: If the folder has something in it already, or cannot be made.
         """
         path = config.run_dir
         if path is None:
@@ -40,7 +40,10 @@ class RunFolder:
                 f"run-dir {path} exists already: choose another, or go on with it by "
                 f"minrl train --resume {path}"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run-dir {path} cannot be made: {error}") from error
         run = cls(path)
         run.write_json("config.json", config.to_json())
         return run
@@ -58,6 +61,11 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not a run: it has no config.json") from error
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
+
+    def is_finished(self) -> bool:
+        """Return whether training came to its last step."""
+        steps = self.checkpoints.steps()
+        return bool(steps) and steps[-1] >= self.read_config().steps
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file into the folder, atomically."""

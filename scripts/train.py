@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from minrl.agents.training import Trainer
+from minrl.agents.training import Trainer, choose_device
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.data.windows import Batch, WindowSampler
-from minrl.envs.make import check_spaces, make_env
 from minrl.errors import CheckpointError, ConfigError, DatasetError
-from minrl.scripts.evaluate import evaluate_run, plot_asked_against_got
+from minrl.scripts.evaluate import check_environment, evaluate_run, plot_asked_against_got
 from minrl.scripts.recorder import FINAL_SEED, Recorder
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TARGETS, TrainConfig, task_of
@@ -57,26 +57,24 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             while trainer.step_count < config.steps:
                 trainer.step(sampler.batch(trainer.step_count))
             return Path()
-        run = run or RunFolder.create(config)
+        run = continue_run(run, config, trainer) if run else RunFolder.create(config)
         describe(run, episodes, trainer)
-        with (
-            run.metrics(trainer.step_count) as metrics,
-            interruption(dist.is_initialized()) as asked,
-        ):
+        with run.metrics(trainer.step_count) as metrics, interruption() as asked:
             batches = held_out_batches(config, held_out)
-            recorder = Recorder(run, metrics, config, trainer, episodes.info, batches)
-            recorder.losses = losses
-            while trainer.step_count < config.steps and not asked:
-                recorder.after_step(trainer.step(sampler.batch(trainer.step_count)))
-            if asked:
-                recorder.save()
-            recorder.close()
+            recorder = Recorder(run, metrics, config, trainer, episodes.info, batches, losses)
+            try:
+                while trainer.step_count < config.steps and not asked:
+                    recorder.after_step(trainer.step(sampler.batch(trainer.step_count)))
+            finally:  # done, stopped or failed: the weights of this moment are kept
+                recorder.close()
     if trainer.step_count < config.steps:
         print(f"stopped at step {trainer.step_count} and saved; to go on:")
         print(f"  minrl train --resume {run.path}")
     elif config.final_episodes and config.environment:
-        evaluate_run(run.path, episodes=config.final_episodes, seed=FINAL_SEED + config.seed)
-        plot_asked_against_got(run.path, seed=FINAL_SEED + config.seed)
+        seed = FINAL_SEED + config.seed
+        evaluate_run(run.path, episodes=config.final_episodes, seed=seed)
+        lowest = float(np.quantile(episodes.returns, 0.05))
+        plot_asked_against_got(run.path, lowest=lowest, seed=seed)
     return run.path
 
 
@@ -87,23 +85,25 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
         EnvError: If the environment is unknown or not supported.
         ConfigError: If it is not the one the data is from.
     """
-    name = config.environment or episodes.info.environment_id
+    recorded_in = episodes.info.environment_id
+    name = config.environment or recorded_in
     if name is not None:
-        environment = make_env(name)
-        check_spaces(environment)
-        sizes = environment.observation_space.shape[0], environment.action_space.shape[0]
-        environment.close()
-        wanted = episodes.observations.shape[1], episodes.actions.shape[1]
-        if sizes != wanted:
-            raise ConfigError(
-                f"environment {name} has {sizes[0]} observations and {sizes[1]} actions, the data "
-                f"{wanted[0]} and {wanted[1]}"
-            )
+        sizes = episodes.observations.shape[1], episodes.actions.shape[1]
+        check_environment(name, sizes, recorded_in, "the data")
+    if config.context > episodes.lengths.max():
+        raise ConfigError(
+            f"context must be from 1 to {episodes.lengths.max()}, the longest episode of "
+            f"{episodes.info.dataset_id}, not {config.context}"
+        )
     targets = config.targets or TARGETS.get(task_of(name or "")[0])
     if not targets:
-        best = float(episodes.returns.max())
-        targets = (best, best / 2)
-    return dataclasses.replace(config, environment=name, targets=tuple(targets))
+        targets = (float(episodes.returns.max()), float(np.median(episodes.returns)))
+    model = config.model
+    if model.return_scale is None:
+        largest = float(np.abs(episodes.returns_to_go()).max())
+        scale = 1000.0 if task_of(name or "")[0] else max(largest, 1e-6)
+        model = dataclasses.replace(model, return_scale=scale)
+    return dataclasses.replace(config, environment=name, targets=tuple(targets), model=model)
 
 
 def build_model(config: TrainConfig, episodes: Episodes) -> TrajectoryModel:
@@ -120,10 +120,10 @@ def build_model(config: TrainConfig, episodes: Episodes) -> TrajectoryModel:
 
 
 def make_sampler(config: TrainConfig, episodes: Episodes) -> WindowSampler:
-    """Return the sampler of training windows."""
+    """Return the sampler of windows, no longer than the longest of these episodes."""
     return WindowSampler(
         episodes,
-        context=config.context,
+        context=min(config.context, int(episodes.lengths.max())),
         batch_size=config.batch_size,
         seed=config.seed,
         burn_in=config.burn_in,
@@ -132,36 +132,22 @@ def make_sampler(config: TrainConfig, episodes: Episodes) -> WindowSampler:
 
 def held_out_batches(config: TrainConfig, episodes: Episodes) -> list[Batch]:
     """Return the same windows of held-out episodes for every evaluation of a run."""
-    context = min(config.context, int(episodes.lengths.max()))
-    shorter = dataclasses.replace(config, context=context)
-    sampler = make_sampler(shorter, episodes)
+    sampler = make_sampler(config, episodes)
     return [sampler.batch(step) for step in range(HELD_OUT_BATCHES)]
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device, "auto" being a GPU if there is one.
-
-    Raises:
-        ConfigError: If there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if dist.is_initialized() and name == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
-
-
 def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]:
-    """Set the trainer to the last sound checkpoint; return the losses not logged yet.
+    """Set the trainer to the last sound checkpoint, if the run came to one.
+
+    Returns:
+        The losses not logged yet.
 
     Raises:
         CheckpointError: If there is no sound checkpoint, or it does not fit.
         DatasetError: If the data has changed since.
     """
+    if not run.checkpoints.steps():  # stopped before the first: it starts again
+        return []
     step = run.checkpoints.last()
     trained_on = run.checkpoints.header(step)["dataset"]["sha256"]
     if trained_on != episodes.info.sha256:
@@ -181,8 +167,14 @@ def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]
                 "not bit for bit as it would have",
                 stacklevel=2,
             )
-    run.forget_after(step)
     return state["losses"]
+
+
+def continue_run(run: RunFolder, config: TrainConfig, trainer: Trainer) -> RunFolder:
+    """Make a run's folder ready to be written on from the trainer's step."""
+    run.write_json("config.json", config.to_json())
+    run.forget_after(trainer.step_count)
+    return run
 
 
 def describe(run: RunFolder, episodes: Episodes, trainer: Trainer) -> None:
@@ -198,7 +190,7 @@ def load_first_on_rank_zero(config: TrainConfig, rank: int) -> Episodes:
     """Load the data, on one process before the others, since that may mean to make it."""
     if rank != 0:
         dist.barrier()
-    episodes = load_dataset(config.dataset)
+    episodes = load_dataset(config.dataset, on_bad_episode=config.on_bad_episode)
     if rank == 0 and dist.is_initialized():
         dist.barrier()
     return episodes
@@ -207,10 +199,14 @@ def load_first_on_rank_zero(config: TrainConfig, rank: int) -> Episodes:
 @contextlib.contextmanager
 def distributed_processes() -> Iterator[int]:
     """Join the other processes if ``torchrun`` started this one; give this one's rank."""
-    if "WORLD_SIZE" not in os.environ:
+    if not dist.is_torchelastic_launched():
         yield 0
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
     try:
         yield dist.get_rank()
     finally:
@@ -218,13 +214,13 @@ def distributed_processes() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def interruption(disabled: bool) -> Iterator[list[int]]:
+def interruption() -> Iterator[list[int]]:
     """Give a list that becomes true at Ctrl-C or SIGTERM; a second one interrupts at once.
 
     Disabled under ``torchrun``, whose processes would stop at different steps.
     """
     asked: list[int] = []
-    if disabled:
+    if dist.is_initialized():
         yield asked
         return
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,15 @@ PAPER_DEFAULT = (128, 1e-3)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on; written to its folder as config.json."""
+    """Everything a run depends on; written to its folder as config.json.
+
+    From Python start from :func:`quick` or :func:`paper`: the field ``preset`` only says which.
+    """
 
     dataset: tuple[str, ...] = (DEFAULT_DATASET,)
     """Minari ids; several are joined. minrl/* are made on first use, others are downloaded."""
+    on_bad_episode: str = "raise"
+    """raise refuses a dataset with a malformed episode; drop leaves such out and says so."""
     environment: str | None = None
     """Gymnasium id to evaluate in; by default the one the data came from."""
     preset: str = "quick"
@@ -55,7 +61,7 @@ class TrainConfig:
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     targets: tuple[float, ...] = ()
     """Returns to ask for; "best" is judged by the first. Default: the Decision Transformer's for
-    hopper, halfcheetah and walker2d, else the best return in the data and half of it."""
+    hopper, halfcheetah and walker2d, else the best and the median return in the data."""
     refresh_every: int = 0
     """When acting, rebuild the state from the last context steps this often; 0 never, 1 always."""
     eval_every: int = 1000
@@ -96,10 +102,14 @@ class TrainConfig:
         ):
             if getattr(self, name) < least:
                 problems.append(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not all(math.isfinite(target) for target in self.targets):
+            problems.append(f"targets must be finite, not {self.targets}")
+        if self.on_bad_episode not in ("raise", "drop"):
+            problems.append(f"on_bad_episode must be raise or drop, not {self.on_bad_episode!r}")
         if not 0 < self.held_out < 1:
             problems.append(f"held_out must be between 0 and 1, not {self.held_out}")
         if problems:
-            raise ConfigError("; ".join(problems).replace("_", "-"))
+            raise ConfigError("; ".join(_with_flag_name(problem) for problem in problems))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; :meth:`from_json` reads them back."""
@@ -134,15 +144,20 @@ class TrainConfig:
         Raises:
             ConfigError: If ``changed`` differs in a field that decides the weights.
         """
-        free = {"steps", "device", "final_episodes", "run_dir"}
+        free = {"steps", "device", "final_episodes"}
         for name, old in flatten(self).items():
             new = flatten(changed)[name]
             if new != old and name not in free:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is {old!r} in this run and cannot be {new!r} when "
-                    f"it is resumed; only {', '.join(sorted(free - {'run_dir'}))} can change"
+                    f"it is resumed; only {', '.join(sorted(free))} can change"
                 )
-        return dataclasses.replace(changed, run_dir=self.run_dir)
+        return changed
+
+
+def _with_flag_name(problem: str) -> str:
+    name, _, rest = problem.partition(" ")
+    return f"{name.replace('_', '-')} {rest}"
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -170,8 +185,10 @@ def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,)) -> TrainConfig:
     return TrainConfig(
         dataset=dataset,
         preset="paper",
-        model=ModelConfig(width=width),
-        optimization=OptimizationConfig(learning_rate=learning_rate, warmup_steps=10_000),
+        model=ModelConfig(width=width, tokens="interleaved", dropout=0.1),
+        optimization=OptimizationConfig(
+            learning_rate=learning_rate, warmup_steps=10_000, schedule="constant"
+        ),
         steps=100_000,
         eval_every=10_000,
         eval_episodes=100,

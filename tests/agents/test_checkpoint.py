@@ -21,8 +21,9 @@ def save_steps(folder, steps, scores=None):
     for index, step in enumerate(steps):
         tensors = {"weight": torch.full((2, 2), float(step))}
         state = {"step": step, "moments": [torch.ones(3)]}
-        score = None if scores is None else scores[index]
-        folder.save(step, tensors, HEADER, state, score)
+        folder.save(step, tensors, HEADER, state)
+        if scores is not None:
+            folder.set_score(step, scores[index])
 
 
 def test_weights_and_header_come_back_unchanged(tmp_path):
@@ -128,6 +129,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, suffix, dam
         return
     with pytest.warns(UserWarning, match=r"step-00000002.*trying the checkpoint before it"):
         assert folder.last() == 1
+
+
+def test_other_files_in_the_folder_are_no_checkpoints(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, [1])
+    (tmp_path / "step-00000002 (copy).json").write_text("{}")
+    (tmp_path / "notes.json").write_text("{}")
+    assert folder.steps() == [1]
+
+
+def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot make"):
+        save_steps(CheckpointFolder(tmp_path / "file" / "checkpoints"), [1])
 
 
 def test_no_sound_checkpoint_is_an_error(tmp_path):

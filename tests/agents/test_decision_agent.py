@@ -13,15 +13,15 @@ from minrl.envs.make import make_env
 from minrl.errors import CheckpointError
 
 KINDS = {
-    "mingru": {},
     "joint": {"tokens": "joint"},
-    "minlstm-convolution": {"backbone": "minlstm", "convolution": 4},
+    "interleaved": {"tokens": "interleaved"},
+    "minlstm-convolution": {"tokens": "interleaved", "backbone": "minlstm", "convolution": 4},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 ROWS = 3
 
 
-def make_agent(kind="mingru", observation_size=5, action_size=2, **options):
+def make_agent(kind="joint", observation_size=5, action_size=2, **options):
     torch.manual_seed(0)
     config = ModelConfig(width=24, num_layers=2, max_timestep=1200, **KINDS[kind])
     model = TrajectoryModel(observation_size, action_size, config)
@@ -125,7 +125,8 @@ def test_one_environment_needs_no_batch_axis():
     agent = make_agent()
     agent.reset()
     for t in range(10):
-        action = agent.act(observations[t, 0], rewards[t - 1, 0] if t else None)
+        reward = [rewards[t - 1, 0], rewards[t - 1]][t % 2]  # a number, or an array of one
+        action = agent.act(observations[t, 0], reward if t else None)
         assert action.shape == (2,)
         assert np.array_equal(action, batched[t, 0])
 
@@ -234,6 +235,21 @@ def test_loading_an_agent_imports_no_environment_and_no_dataset_library(tmp_path
     )
     command = [sys.executable, "-c", program, str(tmp_path / "agent.safetensors")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_unknown_checkpoint_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='checkpoint must be "last" or "best", not \'bset\''):
+        DecisionAgent.load(tmp_path, checkpoint="bset")
+
+
+def test_an_action_with_equal_bounds_is_always_that_value():
+    agent = make_agent()
+    agent.model.action_low.copy_(torch.tensor([-1.0, 0.25]))
+    agent.model.action_high.copy_(torch.tensor([1.0, 0.25]))
+    observations, rewards = make_episode(5)
+    actions = act_through(agent, observations, rewards)
+    assert (actions[..., 1] == 0.25).all()
+    assert np.isfinite(actions).all()
 
 
 def test_a_missing_file_and_another_models_file_are_named(tmp_path):

@@ -24,10 +24,12 @@ def make_batch(step, rows=8, length=6):
     )
 
 
-def make_trainer(seed=0, dropout=0.1, **options):
+def make_trainer(seed=0, dropout=0.1, tokens="interleaved", **options):
     torch.manual_seed(seed)
-    model = TrajectoryModel(4, 2, ModelConfig(width=16, num_layers=2, dropout=dropout))
-    config = OptimizationConfig(**{"warmup_steps": 5, **options})
+    model = TrajectoryModel(
+        4, 2, ModelConfig(width=16, num_layers=2, dropout=dropout, tokens=tokens)
+    )
+    config = OptimizationConfig(**{"warmup_steps": 5, "schedule": "constant", **options})
     return Trainer(model, config, total_steps=40, seed=seed)
 
 
@@ -39,7 +41,11 @@ def run(trainer, steps):
     return [trainer.step(make_batch(trainer.step_count)).loss for _ in range(steps)]
 
 
-OPTIONS = {"plain": {}, "ema": {"ema_decay": 0.9}, "cosine": {"schedule": "cosine"}}
+OPTIONS = {
+    "plain": {},
+    "ema": {"ema_decay": 0.9},
+    "cosine-joint": {"schedule": "cosine", "tokens": "joint"},
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

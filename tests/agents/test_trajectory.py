@@ -11,7 +11,11 @@ from minrl.agents.trajectory import ModelConfig, TrajectoryModel
 KINDS = {
     "interleaved": {"tokens": "interleaved"},
     "joint": {"tokens": "joint"},
-    "interleaved-minlstm-convolution": {"backbone": "minlstm", "convolution": 3},
+    "interleaved-minlstm-convolution": {
+        "tokens": "interleaved",
+        "backbone": "minlstm",
+        "convolution": 3,
+    },
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 B, T, O, A = 3, 20, 5, 2
@@ -110,7 +114,7 @@ def gradients_with_padding(kind, inputs, lengths, padding, fill):
         room = room.masked_fill(invalid, 7 if name == "timesteps" else fill)
         padded[name] = room
     predicted, _ = model(**padded, mask=mask)
-    reach = (model.action_high - model.action_low) / 2
+    reach = model.action_reach
     loss = masked_action_loss(predicted, padded["actions"], mask, reach) / mask.sum()
     loss.backward()
     gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])

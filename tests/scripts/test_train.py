@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +14,19 @@ import torch
 
 from minrl import DecisionAgent
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
+from minrl.agents.training import OptimizationConfig
 from minrl.agents.trajectory import ModelConfig
-from minrl.errors import CheckpointError, ConfigError, DatasetError, EnvError
-from minrl.scripts.evaluate import evaluate_run
+from minrl.errors import CheckpointError, ConfigError, DatasetError, EnvError, TrainingError
+from minrl.scripts.evaluate import check_environment, evaluate_run
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig, paper, quick
 
 SMALL = ModelConfig(width=16, num_layers=1)
+CONSTANT = OptimizationConfig(schedule="constant")
 
 
-def make_config(dataset, path, **options):
+def make_config(dataset, run_dir, **options):
     base = TrainConfig(
         dataset=(dataset,) if isinstance(dataset, str) else dataset,
         model=SMALL,
@@ -34,7 +37,7 @@ def make_config(dataset, path, **options):
         final_episodes=2,
         log_every=5,
         device="cpu",
-        run_dir=path,
+        run_dir=run_dir,
     )
     return dataclasses.replace(base, **options)
 
@@ -141,6 +144,89 @@ def test_resume_after_a_signal_continues_bit_for_bit(
     assert all(torch.equal(resumed[name], value) for name, value in weights_of(finished).items())
 
 
+def test_a_signal_during_an_evaluation_loses_no_score(finished, hopper_id, tmp_path, monkeypatch):
+    from minrl.scripts import recorder
+
+    plain, calls = recorder.evaluate, []
+
+    def evaluate_and_interrupt(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args, **kwargs)
+
+    path = tmp_path / "run"
+    monkeypatch.setattr(recorder, "evaluate", evaluate_and_interrupt)
+    train(make_config(hopper_id, path))
+    scores = [
+        json.loads((folder / "checkpoints" / "step-00000004.json").read_text())["score"]
+        for folder in (path, finished)
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0] is not None
+
+
+def test_a_failing_evaluation_loses_no_training(hopper_id, tmp_path, monkeypatch):
+    from minrl.scripts import recorder
+
+    def fail(*_args, **_kwargs):
+        raise EnvError("the simulator is broken")
+
+    path = tmp_path / "run"
+    monkeypatch.setattr(recorder, "evaluate", fail)
+    with pytest.raises(EnvError, match="the simulator is broken"):
+        train(make_config(hopper_id, path))
+    assert RunFolder(path).checkpoints.last() == 4
+
+
+def test_ten_bad_losses_stop_the_run_and_keep_the_weights_before_them(
+    hopper_id, tmp_path, monkeypatch
+):
+    from minrl.data.windows import WindowSampler
+
+    plain = WindowSampler.batch
+
+    def poisoned_batch(self, step):
+        batch = plain(self, step)
+        if step >= 6:
+            batch.observations[:] = np.nan
+        return batch
+
+    path = tmp_path / "run"
+    options = {"eval_episodes": 0, "final_episodes": 0, "eval_every": 100}
+    monkeypatch.setattr(WindowSampler, "batch", poisoned_batch)
+    config = make_config(hopper_id, path, steps=100, **options)
+    config = dataclasses.replace(config, optimization=CONSTANT)
+    with pytest.raises(TrainingError, match="10 times in a row, last at step 16"):
+        train(config)
+    agent = DecisionAgent.load(path)
+    assert agent.info["step"] == 16
+    monkeypatch.undo()
+    train(dataclasses.replace(config, run_dir=tmp_path / "six", steps=6))
+    expected = weights_of(tmp_path / "six")
+    assert all(torch.equal(expected[name], value) for name, value in weights_of(path).items())
+
+
+def test_a_longer_resumed_run_is_still_longer_the_next_time(hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, steps=4, eval_episodes=0, final_episodes=0))
+    run = RunFolder(path)
+    assert run.is_finished()
+    train(dataclasses.replace(run.read_config(), steps=6), resume=path)
+    assert run.read_config().steps == 6
+    assert run.checkpoints.last() == 6
+    assert run.is_finished()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(finished, hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path))
+    for file in (path / "checkpoints").iterdir():
+        file.unlink()
+    train(RunFolder(path).read_config(), resume=path)
+    assert losses_of(path) == losses_of(finished)
+
+
 def test_resume_falls_back_when_the_last_checkpoint_is_damaged(finished, hopper_id, tmp_path):
     path = tmp_path / "run"
     train(make_config(hopper_id, path, final_episodes=0))
@@ -157,6 +243,8 @@ def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monke
     path = tmp_path / "run"
     train(make_config(hopper_id, path, final_episodes=0))
     config = RunFolder(path).read_config()
+    with pytest.raises(ConfigError, match=r"--run-dir is .* in this run and cannot be"):
+        config.continued_with(dataclasses.replace(config, run_dir=tmp_path / "elsewhere"))
     with pytest.raises(ConfigError, match="--width is 16 in this run and cannot be 8"):
         config.continued_with(
             dataclasses.replace(config, model=dataclasses.replace(SMALL, width=8))
@@ -189,7 +277,13 @@ def test_a_used_run_folder_is_not_touched(finished, hopper_id):
 
 
 WRONG = {
-    "context-too-long": ({"context": 5000}, ConfigError, r"context must be from 1 to \d+"),
+    "context-too-long": (
+        {"context": 5000},
+        ConfigError,
+        r"context must be from 1 to \d+, the long",
+    ),
+    "targets": ({"targets": (1.0, float("nan"))}, ConfigError, "targets must be finite"),
+    "bad-episode": ({"on_bad_episode": "fix"}, ConfigError, "on-bad-episode must be raise or drop"),
     "no-steps": ({"steps": 0}, ConfigError, "steps must be at least 1, not 0"),
     "held-out": ({"held_out": 1.0}, ConfigError, "held-out must be between 0 and 1, not 1.0"),
     "backbone": (
@@ -208,8 +302,9 @@ WRONG = {
     "sizes": (
         {"environment": "Walker2d-v5"},
         ConfigError,
-        "environment Walker2d-v5 has 17 observations and 6 actions, the data 11 and 3",
+        r"the data is from Hopper-v5 \(11 observations, 3 actions\), not from Walker2d-v5 \(17",
     ),
+    "no-folder": ({"run_dir": Path(__file__) / "run"}, ConfigError, r"cannot be made.*directory"),
     "device": ({"device": "gpu0"}, ConfigError, "device 'gpu0' cannot be used"),
 }
 
@@ -220,13 +315,31 @@ def test_wrong_input_names_the_field_and_leaves_nothing(case, hopper_id, tmp_pat
     options = dict(options)
     path = tmp_path / "run"
     with pytest.raises(error, match=message):
-        train(make_config(options.pop("dataset", hopper_id), path, **options))
+        train(make_config(**{"dataset": hopper_id, "run_dir": path, **options}))
     assert not path.exists()
 
 
 def test_evaluating_in_another_environment_is_refused(finished):
-    with pytest.raises(ConfigError, match=r"checkpoint is of Hopper-v5 \(11 observations"):
-        evaluate_run(finished, episodes=1, environment="Walker2d-v5")
+    for other in ("Walker2d-v5", "Reacher-v5"):
+        with pytest.raises(ConfigError, match=r"checkpoint is from Hopper-v5 \(11 observations"):
+            evaluate_run(finished, episodes=1, environment=other)
+    with pytest.raises(ConfigError, match="the data is from HalfCheetah-v5"):  # of the same sizes
+        check_environment("Walker2d-v5", (17, 6), "HalfCheetah-v5", "the data")
+    check_environment("HalfCheetah-v4", (17, 6), "HalfCheetah-v5", "the data")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episodes": 0}, "episodes must be at least 1, not 0"),
+        ({"checkpoint": "first"}, "checkpoint must be one of both, last, best, not 'first'"),
+        ({"refresh_every": -1}, "refresh-every must be at least 0, not -1"),
+        ({"device": "gpu0"}, "device 'gpu0' cannot be used"),
+    ],
+)
+def test_impossible_evaluations_are_named(finished, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate_run(finished, **{"episodes": 1, **options})
 
 
 def test_evaluating_without_a_sound_checkpoint_is_an_error(hopper_id, tmp_path):
@@ -324,7 +437,7 @@ def test_ctrl_c_on_the_command_line_saves_and_says_how_to_go_on(hopper_id, tmp_p
             time.sleep(0.1)
         run.send_signal(signal.SIGINT)
         output, errors = run.communicate(timeout=60)
-    assert run.returncode == 0, errors
+    assert run.returncode == 130, errors
     step = CheckpointFolder(path / "checkpoints").last()
     assert f"stopped at step {step} and saved" in output
     assert f"minrl train --resume {path}" in output
