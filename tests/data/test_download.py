@@ -113,3 +113,17 @@ def test_server_that_fails_after_the_first_question_still_gives_a_dataset_error(
     assert "minrl.errors.DatasetError: dataset mujoco/hopper/expert-v0 is not" in message
     assert "the download failed (" in message
     assert seconds < 20
+
+
+@pytest.mark.network
+def test_a_dataset_comes_from_minaris_server(tmp_path):
+    environment = os.environ | {"MINARI_DATASETS_PATH": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)  # the library reads it once, when it is imported
+    program = (
+        "from minrl import load_dataset\n"
+        "episodes = load_dataset('mujoco/hopper/medium-v0')\n"
+        "print(episodes.info.environment_id, episodes.num_steps)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["Hopper-v5", "999404"]  # as the dataset's card says
