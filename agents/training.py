@@ -47,7 +47,7 @@ class OptimizationConfig:
     """Steps over which the learning rate rises linearly."""
     schedule: str = "cosine"
     """constant, or cosine (down to zero at the last step), after the warm-up."""
-    weight_decay: float = 1e-4
+    weight_decay: float = 0.1
     """AdamW's."""
     gradient_clip: float = 0.25
     """Largest norm of the gradient."""

@@ -49,7 +49,7 @@ class TrainConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     steps: int = 4000
     """Training steps."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Windows a step, over all processes."""
     context: int = 20
     """Steps of a window that count in the loss, up to the longest episode."""
@@ -187,8 +187,12 @@ def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,)) -> TrainConfig:
         preset="paper",
         model=ModelConfig(width=width, tokens="interleaved", dropout=0.1),
         optimization=OptimizationConfig(
-            learning_rate=learning_rate, warmup_steps=10_000, schedule="constant"
+            learning_rate=learning_rate,
+            warmup_steps=10_000,
+            schedule="constant",
+            weight_decay=1e-4,
         ),
+        batch_size=64,
         steps=100_000,
         eval_every=10_000,
         eval_episodes=100,
