@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -46,24 +47,42 @@ def test_the_paper_preset_shows_in_the_defaults(capsys):
     assert "(default: 0.0001)" in output
 
 
-def test_unknown_command_is_named():
-    done = run("trian")
-    assert done.returncode == 2
-    assert "unknown command 'trian'" in done.stderr
+def test_unknown_command_is_named(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line_without_a_traceback():
-    for arguments, message in (
-        (("train", "--dataset", "../x"), "malformed dataset id '../x'"),
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (("train", "--steps", "0"), "steps must be at least 1, not 0"),
-        (("evaluate", "nowhere"), "nowhere"),
+        (("train", "--preset", "fast"), "preset must be one of quick, paper, not 'fast'"),
+        (("evaluate", "nowhere"), "nowhere is not a run"),
         (("train", "--resume", "nowhere"), "nowhere is not a run"),
-    ):
-        done = run(*arguments)
-        assert done.returncode == 2, arguments
-        assert done.stderr.startswith("minrl: error: ")
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        (("datasets", "inspect", "no/such-v0"), "no/such-v0"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # main replaces it
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("minrl: error: ")
+    assert message in error
+
+
+def test_a_file_in_the_way_is_a_mistake_too(tmp_path, capsys, monkeypatch, hopper_id):
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+    (tmp_path / "file").write_text("")
+    arguments = ["datasets", "inspect", hopper_id, "--png", str(tmp_path / "file" / "x.png")]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("minrl: error: [Errno")
+
+
+def test_a_mistake_in_a_new_process_has_no_traceback():
+    done = run("train", "--dataset", "../x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("minrl: error: malformed dataset id '../x'")
+    assert "Traceback" not in done.stderr
 
 
 def test_train_then_evaluate_from_the_command_line(hopper_id, tmp_path):
