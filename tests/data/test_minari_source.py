@@ -84,7 +84,6 @@ def test_what_minari_reads_is_what_was_written(root, make_episodes, write):
 @pytest.mark.filterwarnings("ignore:env_spec is None:UserWarning")
 @pytest.mark.parametrize("data_format", ["arrow", "parquet"])
 def test_other_formats_give_the_same_episodes(root, make_episodes, data_format):
-    pytest.importorskip("pyarrow")
     import minari
     from minari.data_collector import EpisodeBuffer
 
