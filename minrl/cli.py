@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _call(function: Any, command: str, arguments: list[str]) -> Any:
 
 def _last_value_of(flag: str, arguments: list[str]) -> str | None:
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in pairwise([*arguments, None]):
         if argument == flag:
             value = following
         elif argument.startswith(f"{flag}="):

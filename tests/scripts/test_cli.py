@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -5,6 +6,8 @@ import warnings
 import pytest
 
 from minrl import __version__, cli
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.train_config import paper, quick
 
 
 def run(*arguments):
@@ -45,6 +48,33 @@ def test_the_paper_preset_shows_in_the_defaults(capsys):
     assert "(default: 100000)" in output
     assert "(default: 256)" in output
     assert "(default: 0.0001)" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], quick()),
+        (["--seed", "3"], dataclasses.replace(quick(), seed=3)),
+        (["--preset=paper"], paper()),
+        (["--preset", "quick", "--preset", "paper"], paper()),
+        (
+            ["--dataset", "minrl/hopper/medium-v0", "minrl/hopper/medium-expert-v0", "--steps=7"],
+            dataclasses.replace(
+                quick(("minrl/hopper/medium-v0", "minrl/hopper/medium-expert-v0")), steps=7
+            ),
+        ),
+    ],
+)
+def test_arguments_become_the_configuration(arguments, expected, monkeypatch, tmp_path):
+    seen = []
+
+    def remember(config, resume):
+        seen.append((config, resume))
+        return RunFolder.create(dataclasses.replace(config, run_dir=tmp_path / "run")).path
+
+    monkeypatch.setattr("minrl.scripts.train.train", remember)
+    assert cli.main(["train", *arguments]) == cli.INTERRUPTED  # nothing was trained
+    assert seen == [(expected, None)]
 
 
 def test_unknown_command_is_named(capsys):
