@@ -1,6 +1,7 @@
 """What happens beside the training loop: progress, metrics, evaluations, checkpoints."""
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 
@@ -48,7 +49,13 @@ class Recorder:
     ):
         self.run, self.metrics, self.config, self.trainer = run, metrics, config, trainer
         self.dataset, self.held_out, self.losses = dataset, held_out, list(losses)
-        self.bar = tqdm(total=config.steps, initial=trainer.step_count, unit="step", desc="train")
+        self.bar = tqdm(
+            total=config.steps,
+            initial=trainer.step_count,
+            unit="step",
+            desc="train",
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,  # a log file needs few lines
+        )
         self.shown: dict[str, str] = {}
         self.steps_timed, self.seconds = 0, 0.0
         self.started = time.perf_counter()

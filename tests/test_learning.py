@@ -53,8 +53,9 @@ def test_the_agent_beats_behaviour_cloning_and_returns_what_it_is_asked_for(tmp_
     make_embedded_dataset(DATASET, steps=40_000, progress=False)
     config = TrainConfig(
         dataset=(DATASET,),
-        steps=500,
-        eval_every=500,
+        steps=400,
+        batch_size=64,
+        eval_every=400,
         eval_episodes=0,
         final_episodes=0,
         device="cpu",
@@ -62,8 +63,8 @@ def test_the_agent_beats_behaviour_cloning_and_returns_what_it_is_asked_for(tmp_
     )
     agent = DecisionAgent.load(train(config))
     asked, episodes = 1500.0, load_dataset(DATASET)
-    ours = evaluate(agent, "Hopper-v5", episodes=10, target_return=asked, seed=1)
-    cloned = evaluate(BehaviourCloning(episodes, 1500), "Hopper-v5", episodes=10, seed=1)
+    ours = evaluate(agent, "Hopper-v5", episodes=8, target_return=asked, seed=1)
+    cloned = evaluate(BehaviourCloning(episodes, 1000), "Hopper-v5", episodes=8, seed=1)
     assert episodes.returns.mean() < 500
     assert ours.return_mean > 1.2 * cloned.return_mean
     assert abs(ours.return_mean - asked) < 0.3 * asked
