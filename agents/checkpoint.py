@@ -149,7 +149,7 @@ class CheckpointFolder:
 
     def set_score(self, step: int, score: float) -> None:
         """Note what "best" is judged by for a checkpoint that is there; larger is better."""
-        sealed = _seal({**self._record(step), "score": score}, indent=2)
+        sealed = _seal({**self.header(step), "score": score}, indent=2)
         write_atomically(self._files(step)[2], sealed.encode())
 
     def steps(self) -> list[int]:
@@ -175,8 +175,16 @@ class CheckpointFolder:
         return self._files(step)[0]
 
     def header(self, step: int) -> dict:
-        """Return what was known when a checkpoint was saved, from its JSON."""
-        return self._record(step)
+        """Return a checkpoint's JSON: what was known when it was saved, score and digests.
+
+        Raises:
+            CheckpointError: If it cannot be read or is damaged.
+        """
+        path = self._files(step)[2]
+        try:
+            return _unseal(path.read_text(), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
 
     def trainer_state(self, step: int) -> dict:
         """Read a checkpoint's trainer state.
@@ -196,15 +204,8 @@ class CheckpointFolder:
         suffixes = ("safetensors", "trainer.pt", "json")
         return tuple(self.path / f"step-{step:08d}.{suffix}" for suffix in suffixes)
 
-    def _record(self, step: int) -> dict:
-        path = self._files(step)[2]
-        try:
-            return _unseal(path.read_text(), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
-
     def _verify(self, step: int) -> None:
-        for name, expected in self._record(step)["files"].items():
+        for name, expected in self.header(step)["files"].items():
             try:
                 actual = digest_of((self.path / name).read_bytes())
             except OSError as error:
@@ -226,7 +227,7 @@ class CheckpointFolder:
         scores = {}
         for step in self.steps():
             try:
-                score = self._record(step)["score"]
+                score = self.header(step)["score"]
             except CheckpointError:
                 continue  # reported by whoever tries to load it
             scores[step] = -float("inf") if score is None else score
