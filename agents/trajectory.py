@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minrl.agents.backbones.blocks import MIXERS, Backbone, State
-from minrl.agents.backbones.scan import CANDIDATES
+from minrl.agents.backbones.scan_torch import CANDIDATES
 
 TOKENS = ("interleaved", "joint")
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from minrl.agents.backbones.scan import CANDIDATES, gated_scan, normalised_gate
+from minrl.agents.backbones.scan import gated_scan
+from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
 
 class _MinimalRNN(nn.Module):
     """What the two cells share: everything but the gates of one layer."""
 
-    gates: tuple[str, ...]
+    gates: str
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class _MinimalRNN(nn.Module):
         self.bidirectional, self.proj_size = False, 0
         self.candidate = candidate
         options = {"device": device, "dtype": dtype}
-        rows = len(self.gates) * hidden_size
+        rows = PARTS[self.gates] * hidden_size
         for layer in range(num_layers):
             columns = input_size if layer == 0 else hidden_size
             weight = nn.Parameter(torch.empty(rows, columns, **options))
@@ -145,17 +146,12 @@ class _MinimalRNN(nn.Module):
             raise RuntimeError(
                 f"For {kind} input, hx should also be {wanted} but got {hx.dim()}-D tensor"
             )
-        time_axis = 1 if self.batch_first and batched else 0
-        if not batched:
-            input, hx = input.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
-            resets, mask = (None if flag is None else flag.unsqueeze(1) for flag in (resets, mask))
-        if time_axis == 0:
-            input = input.transpose(0, 1)
-            resets, mask = (None if flag is None else flag.t() for flag in (resets, mask))
-        output, h_n = self._forward_batch_first(input, hx, resets, mask)
-        if time_axis == 0:
-            output = output.transpose(0, 1)
-        return (output, h_n) if batched else (output.squeeze(1), h_n.squeeze(1))
+        if batched:
+            return self._run(input, hx, resets, mask, self.batch_first)
+        input, hx = input.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
+        resets, mask = (None if flag is None else flag.unsqueeze(1) for flag in (resets, mask))
+        output, h_n = self._run(input, hx, resets, mask, batch_first=False)
+        return output.squeeze(1), h_n.squeeze(1)
 
     def step(
         self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
@@ -171,13 +167,18 @@ class _MinimalRNN(nn.Module):
             The output (B, H) and the new state (num_layers, B, H).
         """
         flags = None if reset is None else reset.unsqueeze(1)
-        output, h = self._forward_batch_first(x.unsqueeze(1), h, flags, None)
+        output, h = self._run(x.unsqueeze(1), h, flags, None, batch_first=True)
         return output.squeeze(1), h
 
-    def _forward_batch_first(
-        self, x: Tensor, hx: Tensor | None, resets: Tensor | None, mask: Tensor | None
+    def _run(
+        self,
+        x: Tensor,
+        hx: Tensor | None,
+        resets: Tensor | None,
+        mask: Tensor | None,
+        batch_first: bool,
     ) -> tuple[Tensor, Tensor]:
-        batch, _, features = x.shape  # B T F
+        batch, features = x.shape[0 if batch_first else 1], x.shape[2]  # B T F or T B F
         if features != self.input_size:
             raise RuntimeError(
                 "input.size(-1) must be equal to input_size. "
@@ -194,12 +195,14 @@ class _MinimalRNN(nn.Module):
             bias = getattr(self, f"bias_ih_l{layer}") if self.bias else None
             projected = nn.functional.linear(x, getattr(self, f"weight_ih_l{layer}"), bias)
             x, h = gated_scan(
-                **self._gate_inputs(projected.chunk(len(self.gates), dim=-1)),
-                initial_state=first[layer],
+                projected,
+                first[layer],
+                gates=self.gates,
                 activation=self.candidate,
                 resets=resets,
                 reset_state=None if self.bias_h0 is None else self.bias_h0[layer],
                 mask=mask,
+                batch_first=batch_first,
             )
             last.append(h)
             if layer < self.num_layers - 1:
@@ -217,12 +220,9 @@ class _MinimalRNN(nn.Module):
             raise ValueError("a PackedSequence has its own lengths: pass no resets and no mask")
         x, lengths = pad_packed_sequence(packed, batch_first=True)
         valid = torch.arange(x.shape[1]) < lengths.unsqueeze(1)
-        output, h_n = self._forward_batch_first(x, hx, None, valid.to(x.device))
+        output, h_n = self._run(x, hx, None, valid.to(x.device), batch_first=True)
         in_order = packed.sorted_indices is None
         return pack_padded_sequence(output, lengths, True, enforce_sorted=in_order), h_n
-
-    def _gate_inputs(self, projected: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        raise NotImplementedError
 
 
 class MinGRU(_MinimalRNN):
@@ -247,11 +247,7 @@ class MinGRU(_MinimalRNN):
         learn_initial_state: Whether the state before a sequence is a parameter rather than zero.
     """
 
-    gates = ("update", "candidate")
-
-    def _gate_inputs(self, projected: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        update, candidate = projected
-        return {"update": update, "candidate": candidate}
+    gates = "mingru"
 
 
 class MinLSTM(_MinimalRNN):
@@ -278,10 +274,9 @@ class MinLSTM(_MinimalRNN):
         learn_initial_state: As in :class:`MinGRU`.
     """
 
-    gates = ("forget", "input", "candidate")
-
     def __init__(self, *args, normalize: bool = True, forget_bias: float = 3.0, **kwargs):
         self.normalize, self.forget_bias = normalize, forget_bias
+        self.gates = "minlstm" if normalize else "minlstm_unnormalised"
         super().__init__(*args, **kwargs)
 
     def reset_parameters(self) -> None:
@@ -292,12 +287,6 @@ class MinLSTM(_MinimalRNN):
                 for layer in range(self.num_layers):
                     bias = getattr(self, f"bias_ih_l{layer}")
                     bias[: self.hidden_size] += self.forget_bias
-
-    def _gate_inputs(self, projected: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        forget, input_gate, candidate = projected
-        if self.normalize:
-            return {"update": normalised_gate(forget, input_gate), "candidate": candidate}
-        return {"update": input_gate, "candidate": candidate, "forget": forget}
 
 
 def _state_type(weight: Tensor) -> torch.dtype:

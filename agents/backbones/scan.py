@@ -1,177 +1,338 @@
 """The gated linear recurrence that minGRU and minLSTM share, over a whole sequence at once.
 
-    h_t = a_t * h_{t-1} + b_t,  a_t = sigmoid(-update_t),  b_t = sigmoid(update_t) * g(candidate_t)
+    h_t = h_{t-1} + (z_t g(v_t) - w_t h_{t-1}),  z_t, w_t gates that look at the input alone
 
-("Were RNNs All We Needed?", arXiv 2410.01201, section 3; ``g`` is its appendix B.) Everything is
-computed in linear space: the paper's log-space form loses accuracy as sequences grow, needs h > 0
-and cannot express a reset. Inputs are pre-activations, so that 1 - z is sigmoid(-update) to full
-precision, and the state is float32 (float64 for float64 inputs) whatever the input type.
+("Were RNNs All We Needed?", arXiv 2410.01201, section 3; ``g`` is its appendix B.) Gates, candidate
+and recurrence are one operation, ``torch.ops.minrl.gated_scan``, with a kernel for each kind of
+device: pre-activations in, states out. Everything is computed in linear space, with a float32 state
+(float64 for float64 inputs): the paper's log-space form loses accuracy as sequences grow, needs
+h > 0 and cannot express a reset.
 """
 
-import math
-from collections.abc import Callable
+import functools
+import importlib.util
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-# Up to this length one pass over the steps is faster than two passes over chunks (CPU, measured).
-SEQUENTIAL_LENGTH = 192
+from minrl.agents.backbones import scan_cpu, scan_torch
+from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS, gate_values
 
-
-def positive(x: Tensor) -> Tensor:
-    """Return ``g(x)``: x + 0.5 where x >= 0, else sigmoid(x) (arXiv 2410.01201, appendix B)."""
-    return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
-
-
-CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "g": positive,
-    "identity": lambda x: x,
-    "tanh": torch.tanh,
-}
+Gradients = tuple[Tensor | None, ...]
 
 
 def gated_scan(
-    update: Tensor,
-    candidate: Tensor,
+    projected: Tensor,
     initial_state: Tensor | None = None,
     *,
-    forget: Tensor | None = None,
+    gates: str = "mingru",
     activation: str = "g",
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
     mask: Tensor | None = None,
+    batch_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over the time axis, in parallel over batch and channels.
 
     Args:
-        update: Pre-activation of the update (minLSTM: input) gate, (B, T, H).
-        candidate: Pre-activation of the candidate, (B, T, H).
+        projected: The pre-activations as one linear layer puts them out, (B, T, G*H), or
+            (T, B, G*H) if not ``batch_first``: G parts of H channels, in the order of ``gates``.
         initial_state: State before the first step, (B, H); zeros if not given.
-        forget: Pre-activation of an independent forget gate, (B, T, H): a = sigmoid(forget), as in
-            minLSTM without normalisation. By default a = 1 - sigmoid(update).
-        activation: What the candidate passes through: "g", "identity" or "tanh".
-        resets: (B, T) bool; True where a new sequence starts: the state *before* that step is
-            replaced by ``reset_state``.
+        gates: What the parts are.
+            "mingru": update k, candidate v; z = w = sigmoid(k).
+            "minlstm": forget f, input i, candidate v; z = w = i' / (f' + i'), f' = sigmoid(f),
+            i' = sigmoid(i) (the division is never carried out: nothing overflows).
+            "minlstm_unnormalised": the same parts; z = sigmoid(i), w = 1 - sigmoid(f).
+        activation: g, what the candidate passes through: "g", "identity" or "tanh".
+        resets: bool, (B, T) or (T, B); True where a new sequence starts: the state *before* that
+            step is replaced by ``reset_state``.
         reset_state: (H,) or (B, H); zeros if not given.
-        mask: (B, T) bool; the state is carried over unchanged where False (a reset included).
+        mask: bool, (B, T) or (T, B); the state is carried over unchanged where False (a reset
+            included).
+        batch_first: Whether the batch is the first axis of ``projected``, ``resets``, ``mask`` and
+            the states, or time.
 
     Returns:
-        The states after every step, (B, T, H) in the type of ``candidate``, and the last state,
-        (B, H) in float32 (float64 for float64 inputs).
+        The states after every step, (B, T, H) or (T, B, H) in the type of ``projected``, and the
+        last state, (B, H) in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If the sizes do not fit each other.
     """
-    dtype = torch.promote_types(candidate.dtype, torch.float32)
-    update, value = update.to(dtype), CANDIDATES[activation](candidate.to(dtype))
-    a = torch.sigmoid(-update if forget is None else forget.to(dtype))  # B T H
-    b = torch.sigmoid(update) * value
-    if resets is not None:
-        starts = resets.unsqueeze(-1)
-        if reset_state is not None:
-            b = torch.where(starts, b + a * reset_state.to(dtype).unsqueeze(-2), b)
-        a = a.masked_fill(starts, 0.0)
+    batch, length, width = _sizes(projected, gates, batch_first)
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    flags_shape = projected.shape[:2]
+    for name, flags in (("resets", resets), ("mask", mask)):
+        if flags is not None and (flags.shape != flags_shape or flags.dtype != torch.bool):
+            raise ValueError(
+                f"{name} must be bool of {tuple(flags_shape)}, not {flags.dtype} of "
+                f"{tuple(flags.shape)}"
+            )
+    if initial_state is not None:
+        initial_state = initial_state.to(dtype).expand(batch, width)
+    if reset_state is not None:
+        reset_state = reset_state.to(dtype).expand(batch, width)
+    if length == 1:
+        step = (x if x is None else x.flatten(0, 1) for x in (projected, resets, mask))
+        states, last = _scan_one_step(*step, initial_state, reset_state, gates, activation)
+        return states.unsqueeze(1 if batch_first else 0), last
+    output_type = projected.dtype
+    if projected.device.type != "cuda":
+        projected = projected.to(dtype)
+    states, last, _ = torch.ops.minrl.gated_scan(
+        projected, initial_state, resets, reset_state, mask, gates, activation, batch_first
+    )
+    return states.to(output_type), last
+
+
+def _sizes(projected: Tensor, gates: str, batch_first: bool) -> tuple[int, int, int]:
+    batch, length, columns = projected.shape
+    if not batch_first:
+        batch, length = length, batch
+    if columns % PARTS[gates]:
+        raise ValueError(f"{gates} needs {PARTS[gates]} parts of equal size, not {columns} in all")
+    return batch, length, columns // PARTS[gates]
+
+
+def _scan_one_step(
+    projected: Tensor,
+    resets: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    reset_state: Tensor | None,
+    gates: str,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Do one step, (B, G*H), in plain operations, which can be exported without this package."""
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    parts = projected.to(dtype).chunk(PARTS[gates], dim=-1)
+    zeros = torch.zeros_like(parts[-1])
+    state = zeros if initial_state is None else initial_state
+    fresh = zeros if reset_state is None else reset_state
+    before = state if resets is None else torch.where(resets.unsqueeze(-1), fresh, state)
+    enter, leave = gate_values(parts, gates)
+    after = before + (enter * CANDIDATES[activation](parts[-1]) - leave * before)
     if mask is not None:
-        frozen = ~mask.unsqueeze(-1)
-        a, b = a.masked_fill(frozen, 1.0), b.masked_fill(frozen, 0.0)
-    if initial_state is None:
-        initial_state = b.new_zeros(b.shape[0], b.shape[2])
-    states = LinearRecurrence.apply(a, b, initial_state.to(dtype))
-    return states.to(candidate.dtype), states[:, -1]
+        after = torch.where(mask.unsqueeze(-1), after, state)
+    return after.to(projected.dtype), after
 
 
-def normalised_gate(forget: Tensor, input_gate: Tensor) -> Tensor:
-    """Return the one logit whose sigmoid is i / (f + i), for minLSTM's normalised gates.
+def _forward(
+    projected: Tensor,
+    initial_state: Tensor | None,
+    resets: Tensor | None,
+    reset_state: Tensor | None,
+    mask: Tensor | None,
+    gates: str,
+    activation: str,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all states, the last one, and what the backward pass needs besides (on CUDA)."""
+    batch, _, width = _sizes(projected, gates, batch_first)
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    zeros = torch.zeros(batch, width, dtype=dtype, device=projected.device)
+    initial_state, reset_state = (
+        zeros if state is None else state.contiguous() for state in (initial_state, reset_state)
+    )
+    arguments = (
+        projected.contiguous(),
+        initial_state,
+        None if resets is None else resets.contiguous(),
+        reset_state,
+        None if mask is None else mask.contiguous(),
+        gates,
+        activation,
+        batch_first,
+    )
+    if _on_triton(projected):
+        from minrl.agents.backbones import scan_cuda
 
-    With f = sigmoid(forget) and i = sigmoid(input_gate), i / (f + i) =
-    sigmoid(softplus(-forget) - softplus(-input_gate)): the division is never carried out, so
-    nothing overflows when both gates are closed.
-    """
-    dtype = torch.promote_types(forget.dtype, torch.float32)
-    softplus = torch.nn.functional.softplus
-    return softplus(-forget.to(dtype)) - softplus(-input_gate.to(dtype))
-
-
-class LinearRecurrence(torch.autograd.Function):
-    """h_t = a_t * h_{t-1} + b_t with its exact gradient, itself a recurrence run backwards."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, initial_state: Tensor) -> Tensor:
-        """Return all states, (B, T, H), from a and b (B, T, H) and the initial state (B, H)."""
-        states = _recur(a, b, initial_state)
-        ctx.save_for_backward(a, states, initial_state)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """G_t = dL/dh_t + a_{t+1} G_{t+1};  db = G;  da_t = G_t h_{t-1};  dh_0 = a_1 G_1."""
-        a, states, initial_state = ctx.saved_tensors
-        following = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], dim=1)
-        grad_b = _recur(following, grad_states, torch.zeros_like(initial_state), reverse=True)
-        grad_a = torch.empty_like(a)
-        torch.mul(grad_b[:, 1:], states[:, :-1], out=grad_a[:, 1:])
-        torch.mul(grad_b[:, 0], initial_state, out=grad_a[:, 0])
-        return grad_a, grad_b, a[:, 0] * grad_b[:, 0]
-
-
-def _recur(a: Tensor, b: Tensor, start: Tensor, *, reverse: bool = False) -> Tensor:
-    """Return h_t = a_t * h_{t-1} + b_t for all t (from the end if ``reverse``), (B, T, H)."""
-    length = a.shape[1]
-    if length <= SEQUENTIAL_LENGTH:
-        return _recur_in_order(a, b, start, reverse)
-    # Two levels of about sqrt(T) steps each: all chunks side by side, then the chunks' ends in
-    # order. Products of a can underflow to zero, which is the right answer.
-    chunk = math.isqrt(length - 1) + 1
-    padding = (0, 0, 0, -length % chunk)
-    if reverse:
-        a, b = a.flip(1), b.flip(1)
-    a, b = (
-        torch.nn.functional.pad(x, padding).unflatten(1, (-1, chunk)) for x in (a, b)
-    )  # B N C H
-    local, decay = torch.empty_like(b), torch.empty_like(a)
-    local[:, :, 0], decay[:, :, 0] = b[:, :, 0], a[:, :, 0]
-    for step in range(1, chunk):
-        torch.addcmul(b[:, :, step], a[:, :, step], local[:, :, step - 1], out=local[:, :, step])
-        torch.mul(a[:, :, step], decay[:, :, step - 1], out=decay[:, :, step])
-    ends = _recur_in_order(decay[:, :, -1], local[:, :, -1], start, False)  # B N H
-    carried = torch.cat([start.unsqueeze(1), ends[:, :-1]], dim=1).unsqueeze(2)
-    states = local.addcmul_(decay, carried).flatten(1, 2)[:, :length]
-    return states.flip(1) if reverse else states
+        return scan_cuda.scan_forward(*arguments)
+    native = _is_native(projected, gates, activation)
+    states, last = (scan_cpu if native else scan_torch).scan_forward(*arguments)
+    return states, last, projected.new_empty(0)
 
 
-def _recur_in_order(a: Tensor, b: Tensor, start: Tensor, reverse: bool) -> Tensor:
-    states = torch.empty_like(b)
-    steps = list(zip(a.unbind(1), b.unbind(1), states.unbind(1), strict=True))
-    state = start
-    for a_t, b_t, h_t in reversed(steps) if reverse else steps:
-        state = torch.addcmul(b_t, a_t, state, out=h_t)
-    return states
+def _backward(
+    grad_states: Tensor,
+    grad_last: Tensor,
+    projected: Tensor,
+    saved: Tensor,
+    initial_state: Tensor | None,
+    resets: Tensor | None,
+    reset_state: Tensor | None,
+    mask: Tensor | None,
+    gates: str,
+    activation: str,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients by ``projected``, ``initial_state`` and ``reset_state`` (B, H)."""
+    zeros = torch.zeros_like(grad_last, memory_format=torch.contiguous_format)
+    initial_state, reset_state = (
+        zeros if state is None else state.contiguous() for state in (initial_state, reset_state)
+    )
+    arguments = (
+        grad_states.contiguous(),
+        grad_last.contiguous(),
+        projected.contiguous(),
+        saved,
+        initial_state,
+        None if resets is None else resets.contiguous(),
+        reset_state,
+        None if mask is None else mask.contiguous(),
+        gates,
+        activation,
+        batch_first,
+    )
+    if _on_triton(projected):
+        from minrl.agents.backbones import scan_cuda
+
+        return scan_cuda.scan_backward(*arguments)
+    native = _is_native(projected, gates, activation)
+    return (scan_cpu if native else scan_torch).scan_backward(*arguments)
+
+
+def _is_native(projected: Tensor, gates: str, activation: str) -> bool:
+    if projected.device.type != "cpu":
+        return False
+    return scan_cpu.is_available(projected.dtype, gates, activation)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on_triton(projected: Tensor) -> bool:
+    return projected.device.type == "cuda" and _has_triton()
+
+
+def _forward_shapes(
+    projected, initial_state, resets, reset_state, mask, gates, activation, batch_first
+):
+    batch, length, width = _sizes(projected, gates, batch_first)
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    saved = (0,)
+    if _on_triton(projected):
+        from minrl.agents.backbones import scan_cuda
+
+        saved = scan_cuda.checkpoint_shape(batch, length, width, projected.dtype)
+    return (
+        projected.new_empty(*projected.shape[:2], width),
+        projected.new_empty(batch, width, dtype=dtype),
+        projected.new_empty(saved, dtype=dtype),
+    )
+
+
+def _backward_shapes(grad_states, grad_last, projected, *_others):
+    sizes = grad_last.shape
+    return (
+        torch.empty_like(projected, memory_format=torch.contiguous_format),
+        grad_last.new_empty(sizes),
+        grad_last.new_empty(sizes),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    projected, initial_state, resets, reset_state, mask, *ctx.options = inputs
+    states, _, checkpoints = output
+    saved = checkpoints if checkpoints.numel() else states
+    ctx.save_for_backward(projected, saved, initial_state, resets, reset_state, mask)
+
+
+def _differentiate(ctx, grad_states: Tensor, grad_last: Tensor, _) -> Gradients:
+    projected, saved, initial_state, resets, reset_state, mask = ctx.saved_tensors
+    grads = torch.ops.minrl.gated_scan_backward(
+        grad_states,
+        grad_last,
+        projected,
+        saved,
+        initial_state,
+        resets,
+        reset_state,
+        mask,
+        *ctx.options,
+    )
+    by_initial = None if initial_state is None else grads[1]
+    by_reset = None if reset_state is None else grads[2]
+    return grads[0], by_initial, None, by_reset, None, None, None, None
+
+
+def _refuse(_ctx, *_grads) -> Gradients:
+    raise RuntimeError("gated_scan cannot be differentiated twice")
+
+
+# Defined by hand: torch.library.custom_op imports the compiler, two seconds, at the first call.
+_LIBRARY = torch.library.Library("minrl", "DEF")
+_FLAGS = "Tensor? resets, Tensor? reset_state, Tensor? mask"
+_OPTIONS = "str gates, str activation, bool batch_first"
+for _name, _inputs, _compute, _shapes in (
+    ("gated_scan", "Tensor projected", _forward, _forward_shapes),
+    (
+        "gated_scan_backward",
+        "Tensor grad_states, Tensor grad_last, Tensor projected, Tensor saved",
+        _backward,
+        _backward_shapes,
+    ),
+):
+    _LIBRARY.define(
+        f"{_name}({_inputs}, Tensor? initial_state, {_FLAGS}, {_OPTIONS})"
+        " -> (Tensor, Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    )
+    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"minrl::{_name}", _shapes, lib=_LIBRARY)
+torch.library.register_autograd(
+    "minrl::gated_scan", _differentiate, setup_context=_save, lib=_LIBRARY
+)
+torch.library.register_autograd("minrl::gated_scan_backward", _refuse, lib=_LIBRARY)
 
 
 def gated_scan_reference(
-    update: Tensor,
-    candidate: Tensor,
+    projected: Tensor,
     initial_state: Tensor | None = None,
     *,
-    forget: Tensor | None = None,
+    gates: str = "mingru",
     activation: str = "g",
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
     mask: Tensor | None = None,
+    batch_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Do what :func:`gated_scan` does, one step after another in float64: the tests' oracle."""
-    batch, length, width = candidate.shape
-    state = torch.zeros(batch, width, dtype=torch.float64, device=candidate.device)
-    fresh = state if reset_state is None else reset_state.double().expand(batch, width)
+    """Do what :func:`gated_scan` does, one step after another in float64: the tests' oracle.
+
+    Written from the papers' equations, a h + b with a = 1 - z or f, and sharing nothing with the
+    implementations.
+    """
+    time = 1 if batch_first else 0
+    parts = projected.double().chunk(2 if gates == "mingru" else 3, dim=-1)
+    *gate_parts, candidate = (part.unbind(time) for part in parts)
+    state = torch.zeros_like(candidate[0])
+    fresh = state if reset_state is None else reset_state.double().expand_as(state)
     if initial_state is not None:
         state = initial_state.double()
     states = []
-    for t in range(length):
+    for t in range(len(candidate)):
         before = state
         if resets is not None:
-            before = torch.where(resets[:, t, None], fresh, before)
-        z = torch.sigmoid(update[:, t].double())
-        keep = 1 - z if forget is None else torch.sigmoid(forget[:, t].double())
-        after = keep * before + z * CANDIDATES[activation](candidate[:, t].double())
-        state = after if mask is None else torch.where(mask[:, t, None], after, state)
+            before = torch.where(resets.select(time, t).unsqueeze(-1), fresh, before)
+        if gates == "mingru":
+            enter = torch.sigmoid(gate_parts[0][t])
+            keep = 1 - enter
+        else:
+            keep, enter = (torch.sigmoid(part[t]) for part in gate_parts)
+            if gates == "minlstm":  # f / (f + i), by logarithms where both are zero
+                forget, update = (functional.logsigmoid(part[t]) for part in gate_parts)
+                keep, enter = torch.sigmoid(forget - update), torch.sigmoid(update - forget)
+        v = candidate[t]
+        if activation == "g":
+            v = torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+        elif activation == "tanh":
+            v = torch.tanh(v)
+        after = keep * before + enter * v
+        if mask is not None:
+            after = torch.where(mask.select(time, t).unsqueeze(-1), after, state)
+        state = after
         states.append(state)
-    return torch.stack(states, dim=1), state
+    return torch.stack(states, dim=time), state

@@ -1,152 +1,181 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
-from minrl.agents.backbones import scan
-from minrl.agents.backbones.scan import (
-    CANDIDATES,
-    gated_scan,
-    gated_scan_reference,
-    normalised_gate,
-    positive,
-)
+from minrl.agents.backbones import scan_cpu, scan_torch
+from minrl.agents.backbones.scan import gated_scan, gated_scan_reference
+from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
-LENGTHS = (1, 2, 3, 63, 64, 65, scan.SEQUENTIAL_LENGTH, scan.SEQUENTIAL_LENGTH + 1, 1000)
+GATES = sorted(PARTS)
+# One step; whole and broken cache lines of channels; fewer sequences than threads.
+SIZES = [(3, 1, 5), (2, 2, 16), (1, 21, 17), (5, 13, 3)]
+FLAGS = ["plain", "h0", "resets", "mask", "all"]
 
 
-def make_inputs(batch, length, width, *, seed=0, bias=0.0, dtype=torch.float32):
+@pytest.fixture(params=["native", "torch"])
+def implementation(request, monkeypatch):
+    """Run a test on the compiled kernels, and on plain torch as where they are not available."""
+    if request.param == "torch":
+        monkeypatch.setattr(scan_cpu, "is_available", lambda *_: False)
+    else:
+        assert scan_cpu.is_available(torch.float32, "mingru", "g")
+    return request.param
+
+
+def make_inputs(batch, length, width, *, gates="mingru", flags="all", seed=0, bias=0.0):
+    """Return float32 tensors that take gradients, and the other arguments."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, length, width)
-    update = (torch.randn(shape, generator=generator) + bias).to(dtype)
-    candidate = torch.randn(shape, generator=generator).to(dtype)
-    forget = (torch.randn(shape, generator=generator) + 3).to(dtype)
-    state = torch.randn(batch, width, generator=generator)
-    resets = torch.rand(batch, length, generator=generator) < 0.1
-    mask = torch.rand(batch, length, generator=generator) < 0.8
-    return update, candidate, forget, state, resets, mask
-
-
-@pytest.mark.parametrize("length", LENGTHS, ids=lambda length: f"T{length}")
-@pytest.mark.parametrize("flags", ["plain", "h0", "resets", "mask", "forget", "all"])
-def test_equals_float64_loop_with_all_gradients(length, flags):
-    update, candidate, forget, state, resets, mask = make_inputs(2, length, 3)
-    fresh = torch.full((3,), 0.7)
-    tensors = {"update": update, "candidate": candidate}
-    options = {}
+    parts = [torch.randn(batch, length, width, generator=generator) for _ in range(PARTS[gates])]
+    parts[0] += bias
+    tensors = {"projected": torch.cat(parts, -1)}
+    options = {"gates": gates}
     if flags in ("h0", "all"):
-        tensors["initial_state"] = state
-    if flags in ("forget", "all"):
-        tensors["forget"] = forget
+        tensors["initial_state"] = torch.randn(batch, width, generator=generator)
     if flags in ("resets", "all"):
-        options["resets"], tensors["reset_state"] = resets, fresh
+        options["resets"] = torch.rand(batch, length, generator=generator) < 0.1
+        tensors["reset_state"] = torch.randn(width, generator=generator)
     if flags in ("mask", "all"):
-        options["mask"] = mask
-
-    results = {}
-    for function, dtype in ((gated_scan, torch.float32), (gated_scan_reference, torch.float64)):
-        leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in tensors.items()}
-        states, last = function(**leaves, **options)
-        weight = torch.linspace(-1, 1, states.numel(), dtype=dtype).view_as(states)
-        ((states * weight).sum() + 2 * last.sum()).backward()
-        grads = {
-            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            for name, leaf in leaves.items()
-        }
-        results[function.__name__] = {"states": states, "last": last, **grads}
-    for name, expected in results["gated_scan_reference"].items():
-        got = results["gated_scan"][name].double()
-        scale = expected.abs().max().clamp(min=1.0)
-        assert (got - expected).abs().max() <= 1e-5 * scale, name
+        options["mask"] = torch.rand(batch, length, generator=generator) < 0.8
+    return tensors, options
 
 
-# With gates of 0.0003 (bias -8) the rounding of a, 3e-8, adds up over 3,000 steps of memory.
-TOLERANCE = {-8: 1e-5, -6: 3e-6, 0: 1e-6, 8: 1e-6}
+def time_first(tensors, options):
+    """Return the same sequences with the time axis in front."""
+    tensors = tensors | {"projected": tensors["projected"].transpose(0, 1).contiguous()}
+    flags = {name: options[name].t() for name in ("resets", "mask") if name in options}
+    return tensors, options | flags | {"batch_first": False}
 
 
-@pytest.mark.parametrize("bias", TOLERANCE)
-@pytest.mark.parametrize("length", [64, 1000, 8_000])
-def test_float32_error_does_not_grow_with_length(bias, length):
-    update, candidate, *_ = make_inputs(1, length, 4, bias=bias)
-    expected, _ = gated_scan_reference(update, candidate)
-    got, _ = gated_scan(update, candidate)
-    assert ((got - expected).abs() / expected.abs()).max() <= TOLERANCE[bias]
+def run_with_gradients(function, tensors, options, dtype):
+    """Return both outputs and the gradients of a loss that weighs every one of their elements."""
+    leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in tensors.items()}
+    states, last = function(**leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = (torch.randn(x.shape, generator=generator).to(x.dtype) for x in (states, last))
+    sum((x * weight).sum() for x, weight in zip((states, last), weights, strict=True)).backward()
+    return {
+        "states": states.detach(),
+        "last": last.detach(),
+        **{f"grad {name}": leaf.grad for name, leaf in leaves.items()},
+    }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bias", TOLERANCE)
-def test_float32_error_at_a_million_steps(bias):
-    update, candidate, *_ = make_inputs(1, 1_000_000, 4, bias=bias)
-    expected, _ = gated_scan_reference(update, candidate)
-    got, _ = gated_scan(update, candidate)
-    assert ((got - expected).abs() / expected.abs()).max() <= TOLERANCE[bias]
+def assert_equal_to_oracle(tensors, options, *, dtype=torch.float32, tolerance=3e-6):
+    got = run_with_gradients(gated_scan, tensors, options, dtype)
+    expected = run_with_gradients(gated_scan_reference, tensors, options, torch.float64)
+    for name, right in expected.items():
+        error = (got[name].double() - right).norm() / right.norm().clamp(min=1e-9)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", ["batch_first", "time_first"])
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("activation", sorted(CANDIDATES))
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "B{}-T{}-H{}".format(*sizes))
+def test_equals_float64_loop_with_all_gradients(
+    sizes, gates, activation, flags, layout, implementation
+):
+    tensors, options = make_inputs(*sizes, gates=gates, flags=flags)
+    if layout == "time_first":
+        tensors, options = time_first(tensors, options)
+    assert_equal_to_oracle(tensors, options | {"activation": activation})
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_long_sequences_equal_float64_loop_with_all_gradients(gates, implementation):
+    assert_equal_to_oracle(*make_inputs(2, 1000, 33, gates=gates), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_types_equal_float64_loop(dtype, gates):
+    tensors, options = make_inputs(2, 50, 20, gates=gates)
+    tensors["projected"] = tensors["projected"].to(dtype)
+    tolerance = {torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    states, last = gated_scan(**tensors, **options)
+    expected, expected_last = gated_scan_reference(**tensors, **options)
+    assert states.dtype is dtype
+    assert ((states.double() - expected).norm() / expected.norm()) <= tolerance
+    assert last.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert (last - expected_last).norm() / expected_last.norm() <= 1e-6
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("length", [1, 5, 13])
+def test_gradients_match_finite_differences(length, gates, monkeypatch):
+    monkeypatch.setattr(scan_torch, "SEQUENTIAL_LENGTH", 8)  # both algorithms, at cheap lengths
+    tensors, options = make_inputs(2, length, 2, gates=gates)
+    leaves = [x.double().requires_grad_() for x in tensors.values()]
+
+    def run(projected, initial_state, reset_state):
+        return gated_scan(projected, initial_state, reset_state=reset_state, **options)
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+# Gates of 0.0003 (bias -8) remember 3,000 steps, and must not add up 3,000 roundings.
+BIASES = torch.tensor([-8.0, -6, -4, 0, 8])
+
+
+@pytest.mark.parametrize(
+    "length", [64, 1000, 8_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("gates", GATES)
+def test_float32_error_does_not_grow_with_length(gates, length, monkeypatch):
+    tensors, options = make_inputs(1, length, 5, gates=gates, flags="plain", bias=BIASES)
+    expected, _ = gated_scan_reference(**tensors, **options)
+    for native in (True, False):
+        monkeypatch.setattr(scan_cpu, "is_available", lambda *_, native=native: native)
+        got, _ = gated_scan(**tensors, **options)
+        error = (got - expected).norm(dim=1) / expected.norm(dim=1)  # of each bias
+        assert (error <= 3e-6).all(), (native, error)
 
 
 @pytest.mark.parametrize("bias", [-7, 0])
 def test_bfloat16_inputs_lose_only_the_rounding_of_the_output(bias):
-    update, candidate, *_ = make_inputs(2, 3000, 4, bias=bias, dtype=torch.bfloat16)
-    expected, expected_last = gated_scan_reference(update, candidate)
-    got, last = gated_scan(update, candidate)
-    assert got.dtype is torch.bfloat16
-    assert last.dtype is torch.float32
+    tensors, options = make_inputs(2, 3000, 4, flags="plain", bias=bias)
+    projected = tensors["projected"].bfloat16()
+    expected, expected_last = gated_scan_reference(projected, **options)
+    got, last = gated_scan(projected, **options)
     assert ((got - expected).abs() / expected.abs()).max() <= 2**-8
     assert ((last - expected_last).abs() / expected_last.abs()).max() <= 3e-6
 
 
-@pytest.mark.parametrize("logit", [0.0, 20.0, -20.0, 1e3, -1e3, 1e4, -1e4])
-@pytest.mark.parametrize("value", [0.0, 1e-40, 1e4, -1e4])
-def test_extreme_gates_stay_finite_with_their_gradients(logit, value):
-    update = torch.full((1, 80, 2), logit, requires_grad=True)
-    candidate = torch.full((1, 80, 2), value, requires_grad=True)
-    state = torch.full((1, 2), -value, requires_grad=True)
-    states, last = gated_scan(update, candidate, state)
+@pytest.mark.parametrize("gates", GATES)
+def test_extreme_pre_activations_stay_exact_with_finite_gradients(gates, implementation):
+    logits = [0.0, 1e-40, 20.0, -20.0, 50.0, -50.0, 1e3, -1e3, 1e4, -1e4]
+    columns = list(itertools.product(logits, repeat=PARTS[gates]))
+    projected = torch.tensor(columns).t().reshape(1, 1, -1).repeat(1, 20, 1).requires_grad_()
+    state = torch.linspace(-2, 2, len(columns)).unsqueeze(0).requires_grad_()
+    states, last = gated_scan(projected, state, gates=gates)
     (states.sum() + last.sum()).backward()
-    expected, _ = gated_scan_reference(update, candidate, state)
-    for tensor in (states, update.grad, candidate.grad, state.grad):
+    expected, _ = gated_scan_reference(projected, state, gates=gates)
+    assert ((states - expected).abs() / expected.abs().clamp(min=1)).max() <= 3e-6
+    for tensor in (states, projected.grad, state.grad):
         assert tensor.isfinite().all()
-    assert (states - expected).abs().max() <= 3e-6 * max(1.0, abs(value))
-
-
-@pytest.mark.parametrize("activation", sorted(CANDIDATES))
-@pytest.mark.parametrize("length", [5, 13])
-def test_gradients_match_finite_differences(activation, length, monkeypatch):
-    monkeypatch.setattr(scan, "SEQUENTIAL_LENGTH", 8)  # both algorithms at lengths that are cheap
-    update, candidate, forget, state, resets, mask = make_inputs(2, length, 2, dtype=torch.float64)
-    inputs = [update, candidate, state.double(), forget, torch.ones(2, dtype=torch.float64)]
-
-    def run(update, candidate, state, forget, fresh):
-        return gated_scan(
-            update,
-            candidate,
-            state,
-            forget=forget,
-            activation=activation,
-            resets=resets,
-            reset_state=fresh,
-            mask=mask,
-        )
-
-    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs])
 
 
 @given(
     cuts=st.lists(st.integers(1, 29), max_size=5).map(lambda cuts: sorted(set(cuts))),
+    gates=st.sampled_from(GATES),
     seed=st.integers(0, 10**6),
 )
-def test_split_anywhere_equals_whole(cuts, seed):
-    update, candidate, forget, state, resets, mask = make_inputs(2, 30, 3, seed=seed)
-    options = {"reset_state": torch.ones(3)}
-    whole, last = gated_scan(
-        update, candidate, state, forget=forget, resets=resets, mask=mask, **options
-    )
-    parts = []
-    for start, stop in zip([0, *cuts], [*cuts, 30], strict=True):
+def test_split_anywhere_equals_whole(cuts, gates, seed):
+    tensors, options = make_inputs(2, 30, 3, gates=gates, seed=seed)
+    whole, last = gated_scan(**tensors, **options)
+    resets, mask = options.pop("resets"), options.pop("mask")
+    state, parts = tensors["initial_state"], []
+    for start, stop in itertools.pairwise([0, *cuts, 30]):
         part = slice(start, stop)
         states, state = gated_scan(
-            update[:, part],
-            candidate[:, part],
+            tensors["projected"][:, part],
             state,
-            forget=forget[:, part],
+            reset_state=tensors["reset_state"],
             resets=resets[:, part],
             mask=mask[:, part],
             **options,
@@ -156,34 +185,110 @@ def test_split_anywhere_equals_whole(cuts, seed):
     torch.testing.assert_close(state, last, atol=1e-6, rtol=1e-6)
 
 
-def test_gradient_is_cut_at_a_reset():
-    update, candidate, *_ = make_inputs(1, 20, 2)
-    candidate.requires_grad_()
+@given(starts=st.sets(st.integers(1, 39), max_size=6), gates=st.sampled_from(GATES))
+def test_packed_episodes_equal_episodes_alone(starts, gates):
+    tensors, options = make_inputs(2, 40, 5, gates=gates, flags="plain")
+    bounds = [0, *sorted(starts), 40]
+    resets = torch.zeros(2, 40, dtype=torch.bool)
+    resets[:, sorted(starts)] = True
+    together, _ = gated_scan(**tensors, resets=resets, **options)
+    alone = [
+        gated_scan(tensors["projected"][:, start:stop], **options)[0]
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone, 1), atol=1e-6, rtol=1e-6)
+
+
+def test_gradient_is_cut_at_a_reset(implementation):
+    tensors, options = make_inputs(1, 20, 2, flags="plain")
+    projected = tensors["projected"].requires_grad_()
     resets = torch.zeros(1, 20, dtype=torch.bool)
     resets[:, 12] = True
-    states, _ = gated_scan(update, candidate, resets=resets)
+    states, _ = gated_scan(projected, resets=resets, **options)
     states[:, 12:].sum().backward()
-    assert (candidate.grad[:, :12] == 0).all()
-    assert (candidate.grad[:, 12:] != 0).all()
+    assert (projected.grad[:, :12] == 0).all()
+    assert (projected.grad[:, 12:, 2:] != 0).all()
 
 
-def test_two_runs_give_the_same_bits():
-    update, candidate, *_ = make_inputs(3, 500, 8)
-    first, _ = gated_scan(update, candidate)
-    second, _ = gated_scan(update, candidate)
-    assert torch.equal(first, second)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("sizes", [(1, 3000, 100), (7, 500, 64)], ids=str)
+def test_same_bits_on_every_run_and_any_number_of_threads(sizes, threads, implementation):
+    tensors, options = make_inputs(*sizes)
+    before = torch.get_num_threads()
+    alone = run_with_gradients(gated_scan, tensors, options, torch.float32)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            again = run_with_gradients(gated_scan, tensors, options, torch.float32)
+            assert all(torch.equal(alone[name], again[name]) for name in alone)
+    finally:
+        torch.set_num_threads(before)
 
 
-def test_normalised_gate_is_the_share_of_the_input_gate():
-    forget, input_gate = torch.randn(2, 1000, dtype=torch.float64) * 5
-    f, i = torch.sigmoid(forget), torch.sigmoid(input_gate)
-    got = torch.sigmoid(normalised_gate(forget, input_gate))
-    torch.testing.assert_close(got, i / (f + i), atol=1e-14, rtol=1e-13)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("flags", ["plain", "all"])
+def test_operator_passes_pytorchs_own_checks(flags, dtype):
+    tensors, options = make_inputs(2, 7, 4, flags=flags)
+    if "reset_state" in tensors:
+        tensors["reset_state"] = tensors["reset_state"].repeat(2, 1)
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+    arguments = (
+        leaves["projected"],
+        leaves.get("initial_state"),
+        options.get("resets"),
+        leaves.get("reset_state"),
+        options.get("mask"),
+        "mingru",
+        "g",
+        True,
+    )
+    torch.library.opcheck(torch.ops.minrl.gated_scan.default, arguments)
 
 
-def test_positive_is_continuous_and_positive():
-    x = torch.tensor([-30.0, -1.0, -1e-6, 0.0, 1e-6, 2.0], dtype=torch.float64)
-    expected = torch.where(x >= 0, x + 0.5, 1 / (1 + torch.exp(-x)))
-    torch.testing.assert_close(positive(x), expected)
-    assert (positive(x) > 0).all()
-    assert abs(positive(torch.tensor(-1e-7)) - 0.5) < 1e-6
+def test_compiles_into_one_graph_with_its_gradient():
+    tensors, options = make_inputs(2, 40, 8)
+
+    def loss(projected, initial_state, reset_state):
+        states, last = gated_scan(projected, initial_state, reset_state=reset_state, **options)
+        return states.square().sum() + last.sum()
+
+    gradients = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in tensors.values()]
+        function(*leaves).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    tensors, options = make_inputs(2, 40, 8)
+    direct = run_with_gradients(gated_scan, tensors, options, torch.float32)
+
+    def recomputed(**arguments):
+        return checkpoint(gated_scan, use_reentrant=False, **arguments)
+
+    again = run_with_gradients(recomputed, tensors, options, torch.float32)
+    assert all(torch.equal(direct[name], again[name]) for name in direct)
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    projected = make_inputs(1, 5, 2, flags="plain")[0]["projected"].requires_grad_()
+    states, _ = gated_scan(projected)
+    (grad,) = torch.autograd.grad(states.square().sum(), projected, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resets": torch.zeros(4, 2, dtype=torch.bool)}, "resets must be bool"),
+        ({"mask": torch.ones(2, 4)}, "mask must be bool"),
+        ({"gates": "minlstm"}, "3 parts"),
+    ],
+    ids=["transposed resets", "float mask", "wrong parts"],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        gated_scan(torch.zeros(2, 4, 10), **change)

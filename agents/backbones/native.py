@@ -1,0 +1,185 @@
+"""Python functions on C pointers, compiled to machine code once and loaded in every later process.
+
+A *kernel module* is written for Numba. It is compiled in a process of its own, so that neither
+Numba's import (a third of a second) nor its failure reaches the caller, and its object code is kept
+on disk; loading it takes llvmlite alone, 30 ms. What comes back are ctypes functions, which release
+the interpreter lock while they run.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# How the arguments of a kernel are spelled: pointers to elements, and numbers.
+C_TYPES = {
+    "f": ctypes.c_void_p,  # float32*
+    "b": ctypes.c_void_p,  # uint8*
+    "i": ctypes.c_int64,
+}
+
+COMPILE_SECONDS = 120
+
+HUGE_PAGE = 2 * 1024 * 1024
+MADV_HUGEPAGE = 14
+
+_engines: list = []  # MCJIT engines own the code that the loaded functions run
+
+
+@functools.cache
+def load_kernels(module: str, *variant: str) -> dict[str, Callable] | None:
+    """Return the compiled functions of a kernel module, by name; None if that cannot be.
+
+    Args:
+        module: Import name. The module has ``kernels(*variant)``, which returns for each name a
+            function and its arguments' types, one letter each as in ``C_TYPES``.
+        *variant: Which of its kernels; each variant is compiled when it is first asked for.
+    """
+    if os.environ.get("MINRL_NATIVE") == "0":
+        return None
+    try:
+        return _load(_compiled(module, variant))
+    except (ImportError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[-300:]
+        warnings.warn(
+            f"minrl computes without compiled kernels, correctly but slower: {reason} "
+            "(Numba and llvmlite compile them; MINRL_NATIVE=0 turns this off)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept: MINRL_CACHE, else minrl in the user's cache."""
+    if folder := os.environ.get("MINRL_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minrl"
+
+
+def _compiled(module: str, variant: tuple[str, ...]) -> bytes:
+    """Return the object file of a variant from the cache, made anew where there is no sound one."""
+    path = cache_folder() / f"{module.rpartition('.')[2]}-{_fingerprint(module, variant)}.o"
+    if path.exists() and (kept := _unsealed(path.read_bytes())) is not None:
+        return kept
+    done = subprocess.run(  # noqa: S603 - this interpreter, on this package's own module
+        [sys.executable, "-m", "minrl.agents.backbones.native_compiler", module, *variant],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        timeout=COMPILE_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.decode(errors="replace"))
+    # Kept as a whole or not at all: other processes may be looking. Where nothing can be kept,
+    # the price is compiling again in the next process.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(hashlib.sha256(done.stdout).digest() + done.stdout)
+        unfinished.replace(path)
+    return done.stdout
+
+
+def _unsealed(content: bytes) -> bytes | None:
+    """Return what follows the SHA-256, if it fits: running damaged code would end the process."""
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _fingerprint(module: str, variant: tuple[str, ...]) -> str:
+    """Return a name for everything that the object code depends on."""
+    from llvmlite import binding
+
+    parts = [*variant, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()]
+    parts += [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+    here = Path(__file__)
+    sources = [here.with_name(name) for name in ("native_compiler.py", "native_math.py")]
+    sources.append(Path(importlib.util.find_spec(module).origin))
+    parts += [path.read_text(encoding="utf-8") for path in sources]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _load(code: bytes) -> dict[str, Callable]:
+    from llvmlite import binding
+
+    header, _, machine_code = code.partition(b"\n")
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    target = binding.Target.from_default_triple().create_target_machine()
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target)
+    engine.add_object_file(binding.ObjectFileRef.from_data(machine_code))
+    engine.finalize_object()
+    _engines.append(engine)
+    functions = {}
+    for name, (symbol, arguments) in json.loads(header).items():
+        prototype = ctypes.CFUNCTYPE(None, *(C_TYPES[letter] for letter in arguments))
+        functions[name] = prototype(engine.get_function_address(symbol))
+    return functions
+
+
+def empty_like(tensor: Tensor, *shape: int) -> Tensor:
+    """Return an uninitialised tensor of the type of ``tensor``, large ones on huge pages.
+
+    Touching fresh memory costs two thirds of a kernel's time where it comes in pages of 4 KiB.
+    """
+    made = tensor.new_empty(shape)
+    size = made.numel() * made.element_size()
+    if size >= 2 * HUGE_PAGE and (advise := _madvise()) is not None:
+        start = -(-made.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        end = (made.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
+        advise(start, end - start, MADV_HUGEPAGE)  # a wish: that it fails changes nothing
+    return made
+
+
+@functools.cache
+def _madvise() -> Callable | None:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+def run_parallel(kernel: Callable, arguments: tuple, units: int, *, least: int = 1) -> None:
+    """Call ``kernel(*arguments, first, stop)`` over the ranges of ``units``, one for each thread.
+
+    Args:
+        kernel: From :func:`load_kernels`; its last two arguments are the range to work on.
+        arguments: The others.
+        units: Pieces of work, independent of each other.
+        least: Units below which another thread is not worth waking.
+    """
+    threads = max(1, min(torch.get_num_threads(), units // max(least, 1)))
+    bounds = [units * thread // threads for thread in range(threads + 1)]
+    others = [
+        _pool().submit(kernel, *arguments, first, stop)
+        for first, stop in itertools.pairwise(bounds[1:])
+    ]
+    kernel(*arguments, bounds[0], bounds[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="minrl")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,196 @@
+"""The scan in plain PyTorch: for devices and types that have no kernel.
+
+In linear space like the kernels, and in the same form, state + (entering - leaving). Up to some
+length it goes step by step, beyond it chunks of about sqrt(T) steps advance side by side.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Up to this length one pass over the steps is faster than two passes over chunks (CPU, measured).
+SEQUENTIAL_LENGTH = 192
+
+
+def positive(v: Tensor) -> Tensor:
+    """Return ``g(v)``: v + 0.5 where v >= 0, else sigmoid(v) (arXiv 2410.01201, appendix B)."""
+    return torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+
+
+CANDIDATES = {"g": positive, "identity": lambda v: v, "tanh": torch.tanh}
+
+# How many parts of H channels the projection has: gates, then the candidate.
+PARTS = {"mingru": 2, "minlstm": 3, "minlstm_unnormalised": 3}
+
+
+def gate_values(parts: tuple[Tensor, ...], gates: str) -> tuple[Tensor, Tensor]:
+    """Return how much of the candidate enters and how much of the state leaves."""
+    if gates == "minlstm_unnormalised":
+        forget, enter, _ = parts
+        return torch.sigmoid(enter), torch.sigmoid(-forget)
+    z = torch.sigmoid(_update_logit(parts, gates))
+    return z, z
+
+
+def _update_logit(parts: tuple[Tensor, ...], gates: str) -> Tensor:
+    """Return k with z = sigmoid(k); minLSTM's i / (f + i) without the division."""
+    if gates == "mingru":
+        return parts[0]
+    forget, enter, _ = parts
+    return functional.softplus(-forget) - functional.softplus(-enter)
+
+
+def scan_forward(
+    projected: Tensor,
+    initial_state: Tensor,
+    resets: Tensor | None,
+    reset_state: Tensor,
+    mask: Tensor | None,
+    gates: str,
+    activation: str,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the states after every step, in the layout of ``projected``, and the last, (B, H).
+
+    Args:
+        projected: (B, T, G*H), or (T, B, G*H) if not ``batch_first``; contiguous.
+        initial_state: (B, H) contiguous, as ``reset_state``; both in the state's type.
+        resets: bool, (B, T) or (T, B).
+        reset_state: (B, H).
+        mask: bool, (B, T) or (T, B).
+        gates: A key of ``PARTS``.
+        activation: A key of ``CANDIDATES``.
+        batch_first: See ``projected``.
+    """
+    time = 1 if batch_first else 0
+    parts = _parts(projected, initial_state, gates)
+    enter, leave = gate_values(parts, gates)
+    entering = enter * CANDIDATES[activation](parts[-1])
+    if resets is not None:
+        starts, fresh = resets.unsqueeze(-1), reset_state.unsqueeze(time)
+        entering = torch.where(starts, entering + (fresh - leave * fresh), entering)
+    leave = _after_flags(leave, resets, mask)
+    if mask is not None:
+        entering = entering.masked_fill(~mask.unsqueeze(-1), 0.0)
+    states = _recur(entering, leave, initial_state, time)
+    return states.to(projected.dtype), states.select(time, -1).clone()
+
+
+def scan_backward(
+    grad_states: Tensor,
+    grad_last: Tensor,
+    projected: Tensor,
+    states: Tensor,
+    initial_state: Tensor,
+    resets: Tensor | None,
+    reset_state: Tensor,
+    mask: Tensor | None,
+    gates: str,
+    activation: str,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients by ``projected``, ``initial_state`` and ``reset_state`` (a row each).
+
+    With G_t the gradient by the state after step t, G_{t-1} = dL/dh_{t-1} + (1 - leave_t) G_t.
+    """
+    time = 1 if batch_first else 0
+    parts = _parts(projected, initial_state, gates)
+    enter, leave = gate_values(parts, gates)
+    value = CANDIDATES[activation](parts[-1])
+    before = torch.cat(
+        [initial_state.unsqueeze(time), states.narrow(time, 0, states.shape[time] - 1)], time
+    )
+    if resets is not None:
+        before = torch.where(resets.unsqueeze(-1), reset_state.unsqueeze(time), before)
+
+    kept = _after_flags(leave, resets, mask)
+    following = torch.cat(
+        [kept.narrow(time, 1, kept.shape[time] - 1), torch.zeros_like(kept.narrow(time, 0, 1))],
+        time,
+    )
+    pulled = _recur(
+        grad_states.to(leave.dtype).flip(time), following.flip(time), grad_last, time
+    ).flip(time)
+    through = pulled - leave * pulled  # by the state before each step, had it not been replaced
+    grad_initial = pulled.select(time, 0) - kept.select(time, 0) * pulled.select(time, 0)
+    grad_reset = torch.zeros_like(initial_state)
+    if resets is not None:
+        happened = resets if mask is None else resets & mask
+        grad_reset = through.masked_fill(~happened.unsqueeze(-1), 0.0).sum(time)
+
+    grad_value = pulled * enter * _slope(parts[-1], value, activation)
+    grads = [*_gate_gradients(parts, gates, pulled * value, -pulled * before), grad_value]
+    grad_projected = torch.cat(grads, dim=-1)
+    if mask is not None:
+        grad_projected = grad_projected.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return grad_projected.to(projected.dtype), grad_initial, grad_reset
+
+
+def _parts(projected: Tensor, state: Tensor, gates: str) -> tuple[Tensor, ...]:
+    return projected.to(state.dtype).chunk(PARTS[gates], dim=-1)
+
+
+def _after_flags(leave: Tensor, resets: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return what leaves the state: all of it at a reset, nothing where a step is not valid."""
+    if resets is not None:
+        leave = leave.masked_fill(resets.unsqueeze(-1), 1.0)
+    if mask is not None:
+        leave = leave.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return leave
+
+
+def _gate_gradients(
+    parts: tuple[Tensor, ...], gates: str, grad_enter: Tensor, grad_leave: Tensor
+) -> list[Tensor]:
+    if gates == "minlstm_unnormalised":
+        forget, enter, _ = parts
+        return [-grad_leave * _sigmoid_slope(forget), grad_enter * _sigmoid_slope(enter)]
+    by_logit = (grad_enter + grad_leave) * _sigmoid_slope(_update_logit(parts, gates))
+    if gates == "mingru":
+        return [by_logit]
+    forget, enter, _ = parts
+    return [-by_logit * torch.sigmoid(-forget), by_logit * torch.sigmoid(-enter)]
+
+
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def _slope(v: Tensor, value: Tensor, activation: str) -> Tensor:
+    """Return the derivative of the candidate's activation."""
+    if activation == "g":
+        return torch.where(v >= 0, torch.ones_like(v), _sigmoid_slope(v))
+    return torch.ones_like(v) if activation == "identity" else 1 - value * value
+
+
+def _recur(entering: Tensor, leave: Tensor, start: Tensor, time: int) -> Tensor:
+    """Return h_t = h_{t-1} + (entering_t - leave_t h_{t-1}) for all t."""
+    length = leave.shape[time]
+    if length <= SEQUENTIAL_LENGTH:
+        return _recur_in_order(entering, leave, start, time)
+    # Two levels of about sqrt(T) steps each: all chunks side by side, then the chunks' ends in
+    # order. How much of the state before a chunk is gone by each of its steps follows the same
+    # recurrence, with 1 for the candidate.
+    chunk = math.isqrt(length - 1) + 1
+    count = -(-length // chunk)
+    padding = (0, 0) * (leave.dim() - 1 - time) + (0, count * chunk - length)
+    entering, leave = (
+        functional.pad(x, padding).unflatten(time, (count, chunk)) for x in (entering, leave)
+    )
+    zeros = torch.zeros_like(leave.select(time + 1, 0))
+    local = _recur_in_order(entering, leave, zeros, time + 1)
+    gone = _recur_in_order(leave, leave, zeros, time + 1)
+    ends = _recur_in_order(local.select(time + 1, -1), gone.select(time + 1, -1), start, time)
+    before = torch.cat([start.unsqueeze(time), ends.narrow(time, 0, count - 1)], time)
+    before = before.unsqueeze(time + 1)
+    return (local + (before - gone * before)).flatten(time, time + 1).narrow(time, 0, length)
+
+
+def _recur_in_order(entering: Tensor, leave: Tensor, start: Tensor, time: int) -> Tensor:
+    states, state = torch.empty_like(leave), start
+    steps = zip(entering.unbind(time), leave.unbind(time), states.unbind(time), strict=True)
+    for entering_t, leave_t, state_t in steps:
+        state = torch.addcmul(state + entering_t, leave_t, state, value=-1, out=state_t)
+    return states
