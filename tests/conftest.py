@@ -1,4 +1,4 @@
-"""Fixtures for all tests: no network, no file outside a temporary folder."""
+"""Fixtures for all tests: no network, no file outside a temporary folder (but compiled kernels)."""
 
 import os
 from pathlib import Path

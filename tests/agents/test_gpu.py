@@ -6,6 +6,9 @@ import torch
 
 from minrl import DecisionAgent, TrajectoryModel
 from minrl.agents.backbones.scan import gated_scan, gated_scan_reference
+from minrl.agents.fast_step import GraphStep
+from minrl.agents.plain_step import plain_step
+from minrl.agents.step_policy import StepPolicy
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig
 from minrl.data.windows import Batch
@@ -60,3 +63,26 @@ def test_acting_on_cuda_follows_the_cpu():
             agent.act(generator.normal(size=(8, 11)), generator.normal(size=8)) for _ in range(50)
         ]
     np.testing.assert_allclose(actions["cuda"], actions["cpu"], atol=1e-4)
+
+
+def test_a_cuda_graph_acts_as_the_plain_step_at_any_batch_and_with_changing_weights():
+    torch.manual_seed(0)
+    policy = StepPolicy(TrajectoryModel(11, 3, ModelConfig(convolution=4)).cuda().eval())
+    step = GraphStep(policy)
+    generator = np.random.default_rng(0)
+    for batch in (1, 256, 8):
+        state = other = policy.initial_state(batch).detach()
+        for t in range(10):
+            inputs = (
+                generator.normal(size=(batch, 11)).astype(np.float32),
+                generator.normal(size=batch) * 1000,
+                np.full(batch, t),
+                (generator.random(batch) < 0.2) | (t == 0),
+            )
+            expected, state = plain_step(policy, *inputs, state)
+            actions, other = step(*inputs, other)
+            np.testing.assert_allclose(actions, expected, atol=1e-5)
+            np.testing.assert_allclose(other.cpu(), state.cpu(), atol=1e-4)
+            with torch.no_grad():
+                policy.model.head.weight.mul_(1.01)
+    assert step._graph is not None

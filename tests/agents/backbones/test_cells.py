@@ -166,3 +166,70 @@ def test_half_precision_keeps_the_state_in_float32():
     # The projections of 20 and of 50 steps may round differently, by one bfloat16 step.
     torch.testing.assert_close(torch.cat([first, second], 1), output, atol=0, rtol=2**-6)
     torch.testing.assert_close(h, h_n, atol=0, rtol=2**-7)
+
+
+def gradients_of(function, cell, x, resets):
+    """Return the output and all gradients of one training step."""
+    output, h_n = function(x, resets=resets)
+    loss = output.float().square().sum() + h_n.sum()
+    gradients = torch.autograd.grad(loss, list(cell.parameters()))
+    return [output, h_n, *gradients]
+
+
+# inductor needs a C++ compiler and half a minute, and PyTorch warns of itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@both
+def test_compiles_into_one_graph(make, dynamic, backend):
+    torch.compiler.reset()
+    cell = make(3, 6, num_layers=2, learn_initial_state=True)
+    compiled = torch.compile(cell, fullgraph=True, backend=backend, dynamic=dynamic)
+    for length in (7, 12):
+        x, resets = torch.randn(length, 2, 3), torch.rand(length, 2) < 0.2
+        expected = gradients_of(cell, cell, x, resets)
+        torch.testing.assert_close(gradients_of(compiled, cell, x, resets), expected)
+
+
+@both
+def test_a_step_exports_to_plain_operations_with_any_batch(make):
+    cell = make(3, 6, batch_first=True)
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, x, h, reset):
+            return self.cell.step(x, h, reset)
+
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes = ({0: batch}, {1: batch}, {0: batch})
+    example = (torch.randn(2, 3), torch.rand(1, 2, 6), torch.tensor([True, False]))
+    program = torch.export.export(Step(), example, dynamic_shapes=shapes)
+    assert "minrl" not in str(program.graph)
+    for size in (1, 5):
+        inputs = torch.randn(size, 3), torch.rand(1, size, 6), torch.rand(size) < 0.5
+        torch.testing.assert_close(program.module()(*inputs), cell.step(*inputs))
+
+
+@both
+def test_whole_sequences_export_with_the_operator_in_them(make):
+    cell = make(3, 6, batch_first=True)
+    program = torch.export.export(cell, (torch.randn(2, 9, 3),))
+    assert "minrl.gated_scan" in str(program.graph)
+    x = torch.randn(2, 9, 3)
+    torch.testing.assert_close(program.module()(x), cell(x))
+
+
+@both
+def test_autocast_trains_with_a_float32_state(make):
+    cell = make(16, 16, batch_first=True)
+    x, resets = torch.randn(4, 30, 16), torch.rand(4, 30) < 0.1
+    expected = gradients_of(cell, cell, x, resets)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, h_n, *gradients = gradients_of(cell, cell, x, resets)
+    assert output.dtype is torch.bfloat16
+    assert h_n.dtype is torch.float32
+    for got, right in zip([output, h_n, *gradients], expected, strict=True):
+        assert (got - right).norm() / right.norm() < 0.05

@@ -1,0 +1,119 @@
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minrl.agents.backbones import native
+from minrl.agents.backbones.scan import gated_scan, gated_scan_reference
+
+SCAN_SOMETHING = """
+import sys, warnings
+{before}
+import torch
+from minrl.agents.backbones.scan import gated_scan, gated_scan_reference
+projected = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("default")
+    for _ in range(3):
+        states, _ = gated_scan(projected)
+expected, _ = gated_scan_reference(projected)
+assert (states - expected).abs().max() < 1e-6
+print([str(warning.message) for warning in caught])
+print("imported:", [name for name in ("numba", "llvmlite") if name in sys.modules])
+"""
+
+
+def scan_in_new_process(*, before="", **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", SCAN_SOMETHING.format(before=before)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    notices, imported = done.stdout.strip().splitlines()
+    return notices, imported
+
+
+def test_a_later_process_loads_the_kernels_without_numba(tmp_path):
+    for _ in range(2):
+        notices, imported = scan_in_new_process(MINRL_CACHE=str(tmp_path))
+        assert notices == "[]"
+        assert imported == "imported: ['llvmlite']"
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("missing", ["numba", "llvmlite"])
+def test_without_the_compiler_results_are_right_with_one_notice(missing, tmp_path):
+    # For this process and, through its environment, the one that it would compile in.
+    (tmp_path / f"{missing}.py").write_text("raise ImportError('not installed here')")
+    notices, _ = scan_in_new_process(
+        MINRL_CACHE=str(tmp_path / "cache"), before=f"sys.path.insert(0, {str(tmp_path)!r})"
+    )
+    assert notices.count("without compiled kernels") == 1
+    assert "not installed here" in notices
+
+
+def test_compiled_kernels_can_be_turned_off():
+    notices, imported = scan_in_new_process(MINRL_NATIVE="0")
+    assert (notices, imported) == ("[]", "imported: []")
+
+
+def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
+    scan_in_new_process(MINRL_CACHE=str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    sound = file.read_bytes()
+    for damaged in (b"", sound[:-1] + b"?"):
+        file.write_bytes(damaged)
+        notices, _ = scan_in_new_process(MINRL_CACHE=str(tmp_path))
+        assert notices == "[]"
+        assert file.read_bytes() == sound
+
+
+def test_where_nothing_can_be_written_kernels_work_all_the_same(tmp_path):
+    (tmp_path / "file").touch()  # a folder cannot be made below it, not even by root
+    notices, imported = scan_in_new_process(MINRL_CACHE=str(tmp_path / "file" / "cache"))
+    assert (notices, imported) == ("[]", "imported: ['llvmlite']")
+
+
+def test_every_unit_is_worked_on_once_whatever_the_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            for units in (1, 2, 7, 100):
+                ranges = []
+                native.run_parallel(lambda *bounds, r=ranges: r.append(bounds), (), units)
+                done = sorted(unit for first, stop in ranges for unit in range(first, stop))
+                assert done == list(range(units))
+                assert len(ranges) == min(threads, units)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _scan_in_child(queue):
+    torch.set_num_threads(2)
+    projected = torch.randn(64, 200, 64)
+    states, _ = gated_scan(projected)
+    expected, _ = gated_scan_reference(projected)
+    queue.put(float((states - expected).abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_can_scan_on_several_threads():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        gated_scan(torch.randn(64, 200, 64))  # the parent's threads exist, and are not the child's
+    finally:
+        torch.set_num_threads(before)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_scan_in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) < 1e-5
+    child.join()

@@ -1,0 +1,216 @@
+"""The compiled step is the plain one to rounding, whatever the model, batch, resets, weights."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from minrl import DecisionAgent, TrajectoryModel
+from minrl.agents.backbones.native import load_kernels
+from minrl.agents.native_step import NativeStep, native_step
+from minrl.agents.plain_step import plain_step
+from minrl.agents.step_policy import StepPolicy
+from minrl.agents.trajectory import ModelConfig
+
+KINDS = {
+    "joint": {},
+    "interleaved": {"tokens": "interleaved", "width": 40, "mlp_ratio": 2},
+    "minlstm-convolution": {"tokens": "interleaved", "backbone": "minlstm", "convolution": 4},
+}
+# Each needs code of its own, some ten seconds of compiling.
+SLOW_KINDS = {
+    "convolution-of-one-identity": {"convolution": 1, "candidate": "identity"},
+    "unnormalised-tanh-expanded-no-mlp": {
+        "backbone": "minlstm",
+        "normalize": False,
+        "candidate": "tanh",
+        "mlp_ratio": 0,
+        "expansion": 2,
+    },
+    "minlstm": {"backbone": "minlstm", "tokens": "interleaved"},
+}
+
+
+def make_model(kind="joint", **options):
+    torch.manual_seed(0)
+    config = {"width": 24, "num_layers": 2, "max_timestep": 30, **(KINDS | SLOW_KINDS)[kind]}
+    model = TrajectoryModel(5, 2, ModelConfig(**config | options)).eval()
+    for name, parameter in model.named_parameters():
+        if "bias_h0" in name or "norm" in name:
+            torch.nn.init.normal_(parameter)
+    model.observation_mean.normal_()
+    model.observation_std.uniform_(0.5, 2)
+    model.action_low.copy_(torch.tensor([-2.0, 0.1]))
+    model.action_high.copy_(torch.tensor([1.0, 4.0]))
+    return model
+
+
+def make_inputs(batch, steps):
+    generator = np.random.default_rng(batch)
+    for step in range(steps):
+        scale = 1e30 if step == 5 else 1  # an outlier, to be cut down
+        yield (
+            (generator.normal(size=(batch, 5)) * scale).astype(np.float32),
+            generator.normal(size=batch) * 2000,
+            generator.integers(0, 40, batch),
+            (generator.random(batch) < 0.05) | (step == 0),
+        )
+
+
+def difference(step, policy, batch, steps):
+    """Run both steps on their own states; return the largest difference of actions or states."""
+    state = other = policy.initial_state(batch).detach()
+    differences = []
+    for inputs in make_inputs(batch, steps):
+        expected, state = plain_step(policy, *inputs, state)
+        actions, other = step(*inputs, other)
+        assert actions.dtype == np.float32
+        differences += [np.abs(actions - expected).max(), (other - state).abs().max()]
+    return max(differences)
+
+
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)]
+)
+def test_a_thousand_steps_equal_the_plain_ones(kind):
+    policy = StepPolicy(make_model(kind))
+    step = native_step(policy)
+    assert isinstance(step, NativeStep)
+    for batch, steps in ((1, 1000), (3, 100), (7, 50), (100, 20), (300, 3)):
+        assert difference(step, policy, batch, steps) <= 1e-5
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    policy = StepPolicy(make_model("interleaved"))
+    step = native_step(policy)
+    inputs = next(make_inputs(100, 1))
+    state = torch.randn(100, sum(policy.sizes))
+    together, after = step(*inputs, state)
+    for first, stop in ((0, 1), (1, 7), (40, 56), (99, 100)):
+        rows = slice(first, stop)
+        alone, alone_after = step(*(x[rows] for x in inputs), state[rows].clone())
+        assert np.array_equal(together[rows], alone)
+        assert torch.equal(after[rows], alone_after)
+
+
+def make_agent(**options):
+    return DecisionAgent(make_model(**options), target_return=50.0)
+
+
+def assert_acts_as_plain(agent, batch=3, steps=4):
+    """Check that an agent goes on as the plain step would, with the weights it has now."""
+    for observations, rewards, *_ in make_inputs(batch, steps):
+        before, timesteps = agent._state, agent._state.timesteps + 1
+        returns, starts = before.returns_to_go - rewards, np.zeros(batch, bool)
+        expected, _ = plain_step(
+            agent._policy, observations, returns, timesteps, starts, before.model
+        )
+        assert np.abs(agent.act(observations, rewards) - expected).max() <= 1e-5
+    assert isinstance(agent._step, NativeStep)
+
+
+def started(agent):
+    agent.reset(num_envs=3)
+    agent.act(np.zeros((3, 5), np.float32))
+    return agent
+
+
+def train_a_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.train()
+    actions, _ = model(
+        torch.ones(2, 4, 5), torch.ones(2, 4, 2), torch.ones(2, 4), torch.zeros(2, 4).long()
+    )
+    actions.square().mean().backward()
+    optimizer.step()
+    model.eval()
+
+
+def test_weights_that_change_in_the_middle_of_an_episode_are_noticed():
+    agent = started(make_agent())
+    assert_acts_as_plain(agent)
+    train_a_step(agent.model)
+    assert_acts_as_plain(agent)
+    torch.manual_seed(7)
+    other = {name: torch.rand_like(x) + 0.1 for name, x in agent.model.state_dict().items()}
+    agent.model.load_state_dict(other)
+    assert_acts_as_plain(agent)
+
+
+def test_weights_written_past_pytorchs_count_are_noticed_at_the_start_of_episodes():
+    agent = started(make_agent())
+    for change in (
+        lambda p: p.data.copy_(p.data * 1.5),
+        lambda p: setattr(p, "data", p.data * 0.5),
+    ):
+        for parameter in agent.model.parameters():
+            change(parameter)
+        assert_acts_as_plain(started(agent))
+    agent.model.load_state_dict(make_model().state_dict(), assign=True)
+    assert_acts_as_plain(started(agent))
+
+
+def test_a_model_in_training_has_its_dropout():
+    agent = started(make_agent(dropout=0.5))
+    observations = np.ones((3, 5), np.float32)
+    agent.model.train()
+    actions = [agent.act(observations, 0.0) for _ in range(2)]
+    assert np.abs(actions[0] - actions[1]).max() > 1e-2
+    agent.model.eval()
+    assert_acts_as_plain(agent)
+
+
+def test_earlier_states_stay_usable():
+    agent = make_agent()
+    inputs = [observations for observations, *_ in make_inputs(3, 12)]
+    actions, states = [], [None]
+    for observations in inputs:
+        action, state = agent.predict(observations, states[-1], np.zeros(3, bool))
+        actions.append(action)
+        states.append(state)
+    for t in (5, 2, 11):
+        again, _ = agent.predict(inputs[t], states[t], np.zeros(3, bool))
+        assert np.array_equal(again, actions[t])
+    actions[-1][:] = 9  # what is handed out is the caller's
+    assert states[-1].model[:, -2:].abs().max() <= 4
+
+
+def through_pickle(agent):
+    return pickle.loads(pickle.dumps(agent))  # noqa: S301
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+def test_an_agent_that_has_acted_can_be_copied(duplicate):
+    agent = started(make_agent())
+    other = duplicate(agent)
+    train_a_step(other.model)
+    assert_acts_as_plain(other)
+    assert_acts_as_plain(agent)
+
+
+def test_without_compiled_kernels_the_agent_acts_the_same(monkeypatch):
+    actions = {}
+    for native in ("1", "0"):
+        monkeypatch.setenv("MINRL_NATIVE", native)
+        load_kernels.cache_clear()
+        agent = started(make_agent())
+        assert isinstance(agent._step, NativeStep) == (native == "1")
+        actions[native] = [agent.act(o, r) for o, r, *_ in make_inputs(3, 20)]
+    load_kernels.cache_clear()
+    np.testing.assert_allclose(actions["0"], actions["1"], atol=1e-5)
+
+
+def test_models_that_do_not_fit_act_plainly():
+    with torch.inference_mode():  # such tensors do not count their changes
+        uncounted = make_model()
+    assert native_step(StepPolicy(uncounted)) is None
+    started(DecisionAgent(uncounted, target_return=1.0))
+
+    class Shifted(TrajectoryModel):
+        def step(self, *inputs):
+            action, state = super().step(*inputs)
+            return action + 0.5, state
+
+    assert native_step(StepPolicy(Shifted(5, 2).eval())) is None
