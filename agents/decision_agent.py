@@ -1,26 +1,23 @@
 """A trained trajectory model that acts, one step at a time, with a recurrent state."""
 
-import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minrl import __version__
-from minrl.agents.backbones.blocks import State
 from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights, write_atomically
+from minrl.agents.fast_step import fast_step
+from minrl.agents.plain_step import plain_step
 from minrl.agents.recent_steps import RecentSteps
+from minrl.agents.step_policy import StepPolicy
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError
-
-SINGLE_THREAD_BELOW = 256
-
-# Of a normalised observation: no real one comes near, and beyond it float32 squares overflow.
-LARGEST = 1e4
 
 
 @dataclass
@@ -30,13 +27,13 @@ class AgentState:
     Its size does not depend on how many steps were taken.
 
     Attributes:
-        model: The model's state, tensors of (B, ...).
+        model: The model's state, (B, S); its last values are the last action.
         returns_to_go: What is still asked for, (B,) float64, in reward units.
         timesteps: Step in the episode, (B,) int64; -1 before the first.
         window: The last steps, if the state is rebuilt from them now and then.
     """
 
-    model: State
+    model: Tensor
     returns_to_go: np.ndarray
     timesteps: np.ndarray
     window: RecentSteps | None = None
@@ -64,10 +61,12 @@ class DecisionAgent:
         context: int = 20,
         info: dict | None = None,
     ):
-        self.model = model.eval()
+        self._model = model.eval()
+        self._policy = StepPolicy(model)
         self.target_return, self.refresh_every, self.context = target_return, refresh_every, context
         self.info = info or {}
         self.device = model.action_low.device
+        self._step: Callable | None = None  # found, perhaps compiled, when first needed
         self._state: AgentState | None = None
         self._starts = np.ones(0, dtype=bool)
         self._targets = np.zeros(0)
@@ -113,7 +112,7 @@ class DecisionAgent:
         """
         observations = np.asarray(observations, dtype=np.float32)
         if observations.ndim == 1:
-            rewards = None if rewards is None else np.reshape(rewards, 1)
+            rewards = None if rewards is None else np.asarray(rewards).reshape(1)
             return self.act(observations[None], rewards)[0]
         batch = len(observations)
         if batch != len(self._starts):
@@ -197,6 +196,11 @@ class DecisionAgent:
         return cls(model.to(device), **acting, info=header)
 
     @property
+    def model(self) -> TrajectoryModel:
+        """The model that acts; its weights may change at any time."""
+        return self._model
+
+    @property
     def references(self) -> tuple[float, float] | None:
         """Returns that score 0 and 100 percent, as the dataset says; None if it does not."""
         dataset = self.info.get("dataset", {})
@@ -232,10 +236,9 @@ class DecisionAgent:
         if self.refresh_every:
             window = RecentSteps(self.model, batch, self.context)
         with torch.inference_mode():
-            model_state = self.model.initial_state(batch)
+            model_state = self._policy.initial_state(batch)
         return AgentState(model_state, np.zeros(batch), np.full(batch, -1), window)
 
-    @torch.inference_mode()
     def _advance(
         self,
         state: AgentState,
@@ -246,26 +249,17 @@ class DecisionAgent:
     ) -> tuple[np.ndarray, AgentState]:
         """Return the actions and the state after them; a pure function but for the window."""
         self._check(observations)
-        model, batch = self.model, len(observations)
         returns_to_go = _count_down(state, rewards, starts, targets)
-        timesteps = np.where(starts, 0, state.timesteps + 1)
-        seen = torch.from_numpy(observations).to(self.device)
-        room = LARGEST * model.observation_std
-        inputs = (
-            seen.clamp(model.observation_mean - room, model.observation_mean + room),
-            torch.from_numpy(returns_to_go.astype(np.float32)).to(self.device),
-            torch.from_numpy(timesteps).to(self.device),
-        )
-        reset = torch.from_numpy(starts).to(self.device) if starts.any() else None
-        with _few_threads(batch):
-            predicted, model_state = model.step(*inputs, state.model, reset)
-            if state.window is not None:
-                state.window.append(*inputs, state.model[-1], starts)
-                due = (timesteps > 0) & (timesteps % self.refresh_every == 0)
-                predicted, model_state = state.window.refresh(model, due, predicted, model_state)
-        actions = torch.clamp(predicted, model.action_low, model.action_high)
-        after = AgentState((*model_state[:-1], actions), returns_to_go, timesteps, state.window)
-        return actions.cpu().numpy(), after
+        timesteps = state.timesteps + 1
+        timesteps[starts] = 0
+        inputs = (observations, returns_to_go, timesteps, starts, state.model)
+        if state.window is not None or self.model.training:  # in training there may be dropout
+            window = (state.window, self.refresh_every)
+            actions, model_state = plain_step(self._policy, *inputs, *window)
+        else:
+            self._step = self._step or fast_step(self._policy)
+            actions, model_state = self._step(*inputs)
+        return actions, AgentState(model_state, returns_to_go, timesteps, state.window)
 
     def _check(self, observations: np.ndarray) -> None:
         wanted = (len(observations), self.model.observation_size)
@@ -273,36 +267,25 @@ class DecisionAgent:
             raise ValueError(
                 f"the agent was trained on {wanted[1]} observations, not {observations.shape[1:]}"
             )
-        finite = np.isfinite(observations).all(axis=1)
+        finite = np.isfinite(observations)
         if not finite.all():
-            raise ValueError(f"the observation of environment {finite.argmin()} is not finite")
+            row = finite.all(axis=1).argmin()
+            raise ValueError(f"the observation of environment {row} is not finite")
 
 
 def _count_down(
     state: AgentState, rewards: Any, starts: np.ndarray, targets: np.ndarray
 ) -> np.ndarray:
     """Return what is still asked for: the target at a start, else less by the last reward."""
-    if starts.all():
+    if np.count_nonzero(starts) == len(starts):
         return targets.copy()
     if rewards is None:
         raise ValueError("act needs the reward of the step before: act(observation, reward)")
-    rewards = np.broadcast_to(np.asarray(rewards, dtype=np.float64), starts.shape)
-    if not np.isfinite(rewards[~starts]).all():
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.shape != starts.shape:
+        rewards = np.broadcast_to(rewards, starts.shape)
+    if not (np.isfinite(rewards) | starts).all():
         raise ValueError("a reward is not finite")
-    return np.where(starts, targets, state.returns_to_go - rewards)
-
-
-@contextlib.contextmanager
-def _few_threads(batch: int) -> Iterator[None]:
-    """Compute small batches on one CPU thread.
-
-    Handing out work this small costs more than it saves, and where other processes compete for the
-    cores it costs 50 times as much (measured: 51 ms a step instead of 1).
-    """
-    before = torch.get_num_threads()
-    if batch < SINGLE_THREAD_BELOW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    remaining = state.returns_to_go - rewards
+    remaining[starts] = targets[starts]
+    return remaining

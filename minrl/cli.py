@@ -15,7 +15,9 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 COMMANDS = {
     "train": "train on offline data, evaluate, leave a run folder",
     "evaluate": "evaluate a trained run: returns, normalised scores, video",
+    "export": "write a trained agent as an ONNX or .pt2 file that runs without minrl",
     "datasets": "make, list, inspect, and import-d4rl datasets",
+    "benchmark": "measure the scan, layers, acting, training or data against others",
 }
 
 
@@ -87,6 +89,13 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _export(arguments: list[str]) -> int:
+    from minrl.scripts.export import export_command
+
+    _call(export_command, "export", arguments)
+    return 0
+
+
 def _datasets(arguments: list[str]) -> int:
     import tyro
 
@@ -96,7 +105,20 @@ def _datasets(arguments: list[str]) -> int:
     return 0
 
 
-_RUN = {"train": _train, "evaluate": _evaluate, "datasets": _datasets}
+def _benchmark(arguments: list[str]) -> int:
+    from minrl.scripts.benchmark import benchmark
+
+    benchmark(arguments)
+    return 0
+
+
+_RUN = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "export": _export,
+    "datasets": _datasets,
+    "benchmark": _benchmark,
+}
 
 
 def _call(function: Any, command: str, arguments: list[str]) -> Any:

@@ -26,3 +26,7 @@ class CheckpointError(MinrlError, RuntimeError):
 
 class TrainingError(MinrlError, RuntimeError):
     """Training cannot go on, for example after ten non-finite losses in a row."""
+
+
+class ExportError(MinrlError, RuntimeError):
+    """An agent cannot be exported: a library is missing, or the file acts differently."""

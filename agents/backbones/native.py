@@ -10,9 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -108,10 +106,9 @@ def _fingerprint(module: str, variant: tuple[str, ...]) -> str:
 
     parts = [*variant, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()]
     parts += [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
-    here = Path(__file__)
-    sources = [here.with_name(name) for name in ("native_compiler.py", "native_math.py")]
-    sources.append(Path(importlib.util.find_spec(module).origin))
-    parts += [path.read_text(encoding="utf-8") for path in sources]
+    here = Path(__file__).parent  # kernel modules use each other's functions
+    for pattern in ("native*.py", "*_kernels.py", "../native*.py", "../*_kernels.py"):
+        parts += [path.read_text(encoding="utf-8") for path in sorted(here.glob(pattern))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

@@ -5,7 +5,10 @@
 
 import importlib
 import json
+import os
 import sys
+
+os.environ["NUMBA_OPT"] = "0"  # read on import: everything is optimised once, as a whole, below
 
 import numba
 from llvmlite import binding
@@ -24,23 +27,13 @@ def compile_module(module: str, *variant: str) -> bytes:
     Raises:
         RuntimeError: If the code needs anything from outside, which nobody would provide.
     """
-    # Two vectors at a time: one chain of dependent instructions does not fill the pipelines.
-    binding.set_option("", "-force-vector-interleave=2")
-    header, linked = {}, None
+    header, code = {}, binding.parse_assembly("")
     for name, (function, arguments) in importlib.import_module(module).kernels(*variant).items():
         signature = types.void(*(NUMBA_TYPES[letter] for letter in arguments))
         # Python's check for division by zero would keep loops from being vectorised.
-        options = {"error_model": "numpy", "fastmath": {"contract"}, "forceinline": True}
-        compiled = numba.cfunc(signature, **options)(function)
+        compiled = numba.cfunc(signature, error_model="numpy", fastmath={"contract"})(function)
         header[name] = (compiled.native_name, arguments)
-        code = binding.parse_assembly(compiled.inspect_llvm())
-        outside = [f.name for f in code.functions if f.is_declaration and f.name[:5] != "llvm."]
-        if outside:
-            raise RuntimeError(f"{module}.{name} needs {outside}")
-        if linked is None:
-            linked = code
-        else:
-            linked.link_in(code)
+        code.link_in(binding.parse_assembly(compiled.inspect_llvm()))
     target = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(),
         features=binding.get_host_cpu_features().flatten(),
@@ -48,8 +41,27 @@ def compile_module(module: str, *variant: str) -> bytes:
         reloc="pic",
         codemodel="small",
     )
-    return json.dumps(header).encode() + b"\n" + target.emit_object(linked)
+    _optimise(code, target, keep={symbol for symbol, _ in header.values()})
+    outside = [f.name for f in code.functions if f.is_declaration and f.name[:5] != "llvm."]
+    if outside:
+        raise RuntimeError(f"{module} needs {outside}")
+    return json.dumps(header).encode() + b"\n" + target.emit_object(code)
+
+
+def _optimise(code: binding.ModuleRef, target: binding.TargetMachine, keep: set[str]) -> None:
+    """Optimise in place; what is not in ``keep`` may be taken apart, Numba's error paths too."""
+    for function in code.functions:
+        if not function.is_declaration and function.name not in keep:
+            function.linkage = "internal"
+    # Two vectors at a time: one chain of dependent instructions does not fill the pipelines.
+    binding.set_option("", "-force-vector-interleave=2")
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = options.loop_interleaving = True
+    builder = binding.create_pass_builder(target, options)
+    builder.getModulePassManager().run(code, builder)
 
 
 if __name__ == "__main__":
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
     sys.stdout.buffer.write(compile_module(*sys.argv[1:]))

@@ -65,11 +65,11 @@ def prefetch(_context, pointer, index):
     return types.int8(pointer, types.int64), generate
 
 
-@njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
+@njit(fastmath={"contract"}, error_model="numpy")
 def exp_minus(x):
     """Return exp(-x) for x clamped to +-87, relative error 2e-7."""
-    x = x if x < TOP else TOP
-    x = x if x > BOTTOM else BOTTOM
+    x = TOP if x > TOP else x  # in this order a NaN stays one
+    x = BOTTOM if x < BOTTOM else x
     shifted = ROUNDING - x * LOG2_E
     rest = -x * LOG2_E - (shifted - ROUNDING)
     square = rest * rest

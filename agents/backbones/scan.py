@@ -11,6 +11,8 @@ h > 0 and cannot express a reset.
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from minrl.agents.backbones import scan_cpu, scan_torch
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS, gate_values
 
 Gradients = tuple[Tensor | None, ...]
+
+# A policy's step, of up to this many tokens, is exported as plain operations: it runs without us.
+EXPORTED_STEPS = 3
 
 
 def gated_scan(
@@ -73,10 +78,13 @@ def gated_scan(
         initial_state = initial_state.to(dtype).expand(batch, width)
     if reset_state is not None:
         reset_state = reset_state.to(dtype).expand(batch, width)
-    if length == 1:
-        step = (x if x is None else x.flatten(0, 1) for x in (projected, resets, mask))
-        states, last = _scan_one_step(*step, initial_state, reset_state, gates, activation)
-        return states.unsqueeze(1 if batch_first else 0), last
+    if length == 1 or (length <= EXPORTED_STEPS and torch.compiler.is_exporting()):
+        time, states, state = (1 if batch_first else 0), [], initial_state
+        for t in range(length):
+            now = (x if x is None else x.select(time, t) for x in (projected, resets, mask))
+            output, state = _scan_one_step(*now, state, reset_state, gates, activation)
+            states.append(output)
+        return torch.stack(states, time), state
     output_type = projected.dtype
     if projected.device.type != "cuda":
         projected = projected.to(dtype)
@@ -129,28 +137,25 @@ def _forward(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return all states, the last one, and what the backward pass needs besides (on CUDA)."""
-    batch, _, width = _sizes(projected, gates, batch_first)
-    dtype = torch.promote_types(projected.dtype, torch.float32)
-    zeros = torch.zeros(batch, width, dtype=dtype, device=projected.device)
-    initial_state, reset_state = (
-        zeros if state is None else state.contiguous() for state in (initial_state, reset_state)
+    projected, initial_state, resets, reset_state, mask = _contiguous(
+        projected, initial_state, resets, reset_state, mask
     )
-    arguments = (
-        projected.contiguous(),
-        initial_state,
-        None if resets is None else resets.contiguous(),
-        reset_state,
-        None if mask is None else mask.contiguous(),
-        gates,
-        activation,
-        batch_first,
-    )
+    options = (gates, activation, batch_first)
     if _on_triton(projected):
         from minrl.agents.backbones import scan_cuda
 
-        return scan_cuda.scan_forward(*arguments)
-    native = _is_native(projected, gates, activation)
-    states, last = (scan_cpu if native else scan_torch).scan_forward(*arguments)
+        return scan_cuda.scan_forward(projected, initial_state, resets, reset_state, mask, *options)
+    batch, _, width = _sizes(projected, gates, batch_first)
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    zeros = projected.new_zeros(batch, width, dtype=dtype)
+    states, last = _backend(projected, gates, activation).scan_forward(
+        projected,
+        zeros if initial_state is None else initial_state,
+        resets,
+        zeros if reset_state is None else reset_state,
+        mask,
+        *options,
+    )
     return states, last, projected.new_empty(0)
 
 
@@ -168,35 +173,39 @@ def _backward(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by ``projected``, ``initial_state`` and ``reset_state`` (B, H)."""
-    zeros = torch.zeros_like(grad_last, memory_format=torch.contiguous_format)
-    initial_state, reset_state = (
-        zeros if state is None else state.contiguous() for state in (initial_state, reset_state)
+    grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask = (
+        _contiguous(
+            grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask
+        )
     )
-    arguments = (
-        grad_states.contiguous(),
-        grad_last.contiguous(),
-        projected.contiguous(),
-        saved,
-        initial_state,
-        None if resets is None else resets.contiguous(),
-        reset_state,
-        None if mask is None else mask.contiguous(),
-        gates,
-        activation,
-        batch_first,
-    )
+    grads, options = (grad_states, grad_last), (gates, activation, batch_first)
     if _on_triton(projected):
         from minrl.agents.backbones import scan_cuda
 
-        return scan_cuda.scan_backward(*arguments)
-    native = _is_native(projected, gates, activation)
-    return (scan_cpu if native else scan_torch).scan_backward(*arguments)
+        return scan_cuda.scan_backward(
+            *grads, projected, saved, initial_state, resets, reset_state, mask, *options
+        )
+    zeros = torch.zeros_like(grad_last)
+    return _backend(projected, gates, activation).scan_backward(
+        *grads,
+        projected,
+        saved,
+        zeros if initial_state is None else initial_state,
+        resets,
+        zeros if reset_state is None else reset_state,
+        mask,
+        *options,
+    )
 
 
-def _is_native(projected: Tensor, gates: str, activation: str) -> bool:
-    if projected.device.type != "cpu":
-        return False
-    return scan_cpu.is_available(projected.dtype, gates, activation)
+def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _backend(projected: Tensor, gates: str, activation: str) -> ModuleType:
+    on_cpu = projected.device.type == "cpu"
+    native = on_cpu and scan_cpu.is_available(projected.dtype, gates, activation)
+    return scan_cpu if native else scan_torch
 
 
 @functools.cache
@@ -237,7 +246,7 @@ def _backward_shapes(grad_states, grad_last, projected, *_others):
 def _save(ctx, inputs, output) -> None:
     projected, initial_state, resets, reset_state, mask, *ctx.options = inputs
     states, _, checkpoints = output
-    saved = checkpoints if checkpoints.numel() else states
+    saved = checkpoints if _on_triton(projected) else states
     ctx.save_for_backward(projected, saved, initial_state, resets, reset_state, mask)
 
 

@@ -32,9 +32,9 @@ def scan_forward(
     """Return all states and the last one; see :func:`scan_torch.scan_forward`."""
     batch, width = initial_state.shape
     states = empty_like(projected, *projected.shape[:2], width)
-    last = initial_state.clone()
+    last = torch.empty_like(initial_state)
     kernel = load_kernels(KERNELS, gates, activation)["forward"]
-    pointers = _pointers(projected, reset_state, last, resets, mask, states)
+    pointers = _pointers(projected, initial_state, reset_state, resets, mask, states, last)
     _run(kernel, pointers, resets, mask, projected, batch, width, batch_first)
     return states, last
 

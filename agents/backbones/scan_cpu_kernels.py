@@ -19,7 +19,7 @@ AHEAD = 1
 
 def fused(function):
     """Compile a helper into the loop that calls it."""
-    return njit(fastmath={"contract"}, error_model="numpy", forceinline=True)(function)
+    return njit(fastmath={"contract"}, error_model="numpy")(function)
 
 
 # Candidates: g(v) and g'(v).
@@ -125,7 +125,7 @@ def kernels(gates: str, activation: str) -> dict:
     advance = _make_advance(gate, CANDIDATES[activation], parts, gates != "minlstm_unnormalised")
     retreat = _make_retreat(gate, gradients, CANDIDATES[activation], parts)
     return {
-        "forward": (_make_forward(advance, parts), "fffbbf" + "i" * 9),
+        "forward": (_make_forward(advance, parts), "fffbbff" + "i" * 9),
         "backward": (_make_backward(retreat, parts), "ffffbbffff" + "i" * 9),
     }
 
@@ -134,18 +134,16 @@ def _make_advance(gate, candidate, parts, normalised):
     last_part = parts - 1
 
     @fused
-    def advance(packed, at, width, last, to, states, out, count):
-        """Take one step of one sequence; ``last`` holds the state."""
+    def advance(packed, at, width, before, was, states, out, count):
+        """Take one step of one sequence."""
         for channel in range(count):
             enter, leave = gate(packed, at + channel, width)
             value, _ = candidate(packed[at + last_part * width + channel])
-            state = last[to + channel]
+            state = before[was + channel]
             if normalised:
-                state = state + enter * (value - state)
+                states[out + channel] = state + enter * (value - state)
             else:
-                state = state + (enter * value - leave * state)
-            last[to + channel] = state
-            states[out + channel] = state
+                states[out + channel] = state + (enter * value - leave * state)
 
     return advance
 
@@ -183,6 +181,13 @@ def fetch_parts(packed, at, width, parts, count):
 
 
 @fused
+def copy(source, at, target, to, count):
+    """Copy some channels of a row."""
+    for channel in range(count):
+        target[to + channel] = source[at + channel]
+
+
+@fused
 def skip_back(carry, to, grad_states, out, grad_packed, at, width, parts, count):
     """Undo a step that was not valid: the gradient passes it by."""
     for channel in range(count):
@@ -203,11 +208,12 @@ def move(source, target, at, count):
 def _make_forward(advance, parts):
     def forward(
         packed,
+        initial,
         reset_state,
-        last,
         resets,
         mask,
         states,
+        last,
         has_resets,
         has_mask,
         batch,
@@ -228,17 +234,20 @@ def _make_forward(advance, parts):
                 count = min(block, width - channel)
                 row = step * batch + sequence if time_first else sequence * length + step
                 to, out = sequence * width + channel, row * width + channel
+                before, was = states, out - (batch if time_first else 1) * width
+                if step == 0:
+                    before, was = initial, to
                 if has_mask and not mask[row]:
-                    for index in range(count):
-                        states[out + index] = last[to + index]
-                    continue
-                if has_resets and resets[row]:
-                    for index in range(count):
-                        last[to + index] = reset_state[to + index]
-                at = row * parts * width + channel
-                ahead = at + AHEAD * (batch if time_first else 1) * parts * width
-                fetch_parts(packed, ahead, width, parts, count)
-                advance(packed, at, width, last, to, states, out, count)
+                    copy(before, was, states, out, count)
+                else:
+                    if has_resets and resets[row]:
+                        before, was = reset_state, to
+                    at = row * parts * width + channel
+                    ahead = at + AHEAD * (batch if time_first else 1) * parts * width
+                    fetch_parts(packed, ahead, width, parts, count)
+                    advance(packed, at, width, before, was, states, out, count)
+                if step == length - 1:
+                    copy(states, out, last, to, count)
 
     return forward
 

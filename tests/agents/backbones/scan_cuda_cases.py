@@ -10,11 +10,11 @@ import os
 import pytest
 import torch
 
+from minrl.agents.backbones import scan
 from minrl.agents.backbones.scan import gated_scan_reference
 from minrl.agents.backbones.scan_cuda import (
     FEW,
     MANY,
-    PARTS,
     SOME,
     Plan,
     Tiles,
@@ -22,6 +22,7 @@ from minrl.agents.backbones.scan_cuda import (
     scan_backward,
     scan_forward,
 )
+from minrl.agents.backbones.scan_torch import PARTS
 
 # The interpreter computes in NumPy, which warns of the infinity that closes a gate.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -37,7 +38,7 @@ if INTERPRETED:
         "segments": Plan(Tiles(4, 4, 2, 1, 1), Tiles(4, 2, 2, 1, 1)),
         "splits": Plan(Tiles(4, 2, 2, 1, 1), Tiles(4, 2, 2, 1, 1), 3),
     }
-    BATCH, LENGTH, WIDTH = 1, 11, 3
+    BATCH, LENGTH, WIDTH = 1, 9, 3
 else:
     PLANS = {
         "serial": dataclasses.replace(MANY, backward=Tiles(64, 1, 16, 1, 1)),
@@ -129,37 +130,39 @@ def test_equals_float64_loop(gates, activation):
     check("all", gates, activation, torch.float32, True, PLANS["segments"])
 
 
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("flags", ["plain", "h0", "resets", "zeros", "mask"])
-def test_equals_float64_loop_with_flags(flags, plan):
-    check(flags, "mingru", "g", torch.float32, False, PLANS[plan])
+def test_equals_float64_loop_with_flags(flags):
+    check(flags, "mingru", "g", torch.float32, False, PLANS["segments"])
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("gates", PARTS)
 def test_equals_float64_loop_with_plan(gates, plan):
-    check("all", gates, "g", torch.float32, False, PLANS[plan], (BATCH + 1, LENGTH, WIDTH))
+    check("all", gates, "g", torch.float32, False, PLANS[plan])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rounds_once_to_the_inputs_type(dtype):
+    check("all", "mingru", "tanh", dtype, True, PLANS["serial"])
+
+
 @pytest.mark.parametrize("gates", PARTS)
-def test_rounds_once_to_the_inputs_type(gates, dtype):
-    activation = {"mingru": "g", "minlstm": "tanh"}.get(gates, "identity")
-    check("all", gates, activation, dtype, True, PLANS["segments"])
+def test_rounds_once_to_bfloat16(gates):
+    check("all", gates, "g", torch.bfloat16, True, PLANS["segments"])
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 9], ids=lambda length: f"T{length}")
+@pytest.mark.parametrize("length", [1, 2, 8], ids=lambda length: f"T{length}")
 def test_equals_float64_loop_at_any_length(length):
     check("all", "mingru", "g", torch.float32, True, PLANS["segments"], (BATCH, length, WIDTH))
 
 
 @pytest.mark.parametrize("width", [1, 4, 5], ids=lambda width: f"H{width}")
 def test_equals_float64_loop_at_any_width(width):
-    check("all", "minlstm", "g", torch.float32, True, PLANS["serial"], (2, 5, width))
+    check("all", "minlstm", "g", torch.float32, True, PLANS["serial"], (2, 3, width))
 
 
 def test_the_plan_of_the_sizes_is_used_by_default():
-    check("all", "mingru", "g", torch.float32, True, None, (1, 35, 2))
+    check("all", "mingru", "g", torch.float32, True, None, (1, 20, 2))
 
 
 @pytest.mark.parametrize("plan", ["serial", "segments"])
@@ -170,8 +173,8 @@ def test_extreme_logits_close_gates_exactly_and_stay_finite(gates, plan):
     def draw(*size):
         return logits[torch.randint(len(logits), size)]
 
-    inputs, grads = make_case("h0", gates, torch.float32, True, (1, 24, WIDTH), draw=draw)
-    inputs[0][:, :, -WIDTH:] = torch.randn(1, 24, WIDTH)
+    inputs, grads = make_case("h0", gates, torch.float32, True, (1, 16, WIDTH), draw=draw)
+    inputs[0][:, :, -WIDTH:] = torch.randn(1, 16, WIDTH)
     got = run(inputs, grads, gates, "g", True, PLANS[plan])
     expected = expect(inputs, grads, gates, "g", True)
     for name, value in got.items():
@@ -180,9 +183,9 @@ def test_extreme_logits_close_gates_exactly_and_stay_finite(gates, plan):
         assert ((value - expected[name]).abs() <= 3e-6 * scale).all(), name
 
 
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("gates", PARTS)
-def test_masked_steps_may_hold_anything_and_get_no_gradient(gates, plan):
+def test_masked_steps_may_hold_anything_and_get_no_gradient(gates):
+    plan = "splits"
     inputs, grads = make_case("all", gates, torch.float32, True, (BATCH, LENGTH, WIDTH))
     clean = run(inputs, grads, gates, "g", True, PLANS[plan])
     inputs[0][~inputs[4]] = float("nan")
@@ -196,19 +199,49 @@ def test_masked_steps_may_hold_anything_and_get_no_gradient(gates, plan):
 def test_nothing_survives_a_reset(plan):
     inputs, grads = make_case("resets", "mingru", torch.float32, True, (1, LENGTH, WIDTH))
     inputs[2].zero_()
-    inputs[2][:, 7] = True
+    inputs[2][:, 6] = True
     clean = run(inputs, grads, "mingru", "g", True, PLANS[plan])
     for poison in (1e6, float("nan")):
-        inputs[0][:, :7] = poison
+        inputs[0][:, :6] = poison
         got = run(inputs, grads, "mingru", "g", True, PLANS[plan])
-        assert torch.equal(got["states"][:, 7:], clean["states"][:, 7:])
+        assert torch.equal(got["states"][:, 6:], clean["states"][:, 6:])
         assert torch.equal(got["last"], clean["last"])
-        assert torch.equal(got["projected"][:, 7:], clean["projected"][:, 7:])
+        assert torch.equal(got["projected"][:, 6:], clean["projected"][:, 6:])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="nothing runs side by side in the interpreter")
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_same_bits_on_every_run(plan):
     inputs, grads = make_case("all", "mingru", torch.float32, True, (BATCH, LENGTH, WIDTH))
     first, second = (run(inputs, grads, "mingru", "g", True, PLANS[plan]) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("gates", PARTS)
+@pytest.mark.parametrize("length", [1, 5, 40], ids=lambda length: f"T{length}")
+def test_the_operator_differentiates_through_the_kernels(length, gates, monkeypatch):
+    monkeypatch.setattr(scan, "_on_triton", lambda _: True)
+    width, generator = 6, torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(2, length, PARTS[gates] * width, generator=generator),
+        torch.randn(2, width, generator=generator),
+        torch.randn(width, generator=generator),
+    ]
+    resets = torch.rand(2, length, generator=generator) < 0.2
+    weight = torch.randn(2, length, width, generator=generator)
+    results = []
+    for function, dtype in (
+        (scan.gated_scan, torch.float32),
+        (gated_scan_reference, torch.float64),
+    ):
+        projected, initial, reset = (
+            x.detach().to(DEVICE, dtype, copy=True).requires_grad_() for x in leaves
+        )
+        states, last = function(
+            projected, initial, gates=gates, resets=resets.to(DEVICE), reset_state=reset
+        )
+        ((states * weight.to(DEVICE)).sum() + last.sum()).backward()
+        results.append([states, last, projected.grad, initial.grad, reset.grad])
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).norm() <= 3e-6 * expected.norm()
