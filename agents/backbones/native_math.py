@@ -58,7 +58,7 @@ def prefetch(_context, pointer, index):
             [address.type],
             ir.FunctionType(ir.VoidType(), [address.type, integer, integer, integer]),
         )
-        read, keep, data = (ir.Constant(integer, number) for number in (0, 3, 1))
+        read, keep, data = (ir.Constant(integer, number) for number in (0, 2, 1))
         builder.call(function, [address, read, keep, data])
         return ir.Constant(ir.IntType(8), 0)
 

@@ -13,8 +13,10 @@ from minrl.agents.backbones.native_math import HALF, ONE, TWO, ZERO, exp_minus, 
 # Where both of minLSTM's gates are closed further than this, only their difference counts.
 CLOSED = np.float32(-20)
 
-# Steps ahead at which memory is asked for: on its own a core waits for a third of the time.
+# Steps ahead at which memory is asked for: on its own a core waits for a third of the time. The
+# backward pass asks for runs of steps, each in ascending order, as the hardware expects it.
 AHEAD = 1
+RUN = 8
 
 
 def fused(function):
@@ -294,8 +296,9 @@ def _make_backward(retreat, parts):
                     before, was = reset_state, to
                 elif step == 0:
                     before, was = initial, to
-                ahead = AHEAD * (batch if time_first else 1) * width
+                ahead = (2 * (step % RUN) + 1) * (batch if time_first else 1) * width
                 fetch_parts(packed, at - parts * ahead, width, parts, count)
+                fetch_parts(grad_packed, at - parts * ahead, width, parts, count)
                 fetch(grad_states, out - ahead, count)
                 fetch(states, out - ahead, count)
                 retreat(
