@@ -22,7 +22,7 @@ LANES, GROUP = 16, 64
 VERSION = attrgetter("_version")
 
 # Rows below which another thread is not worth waking.
-LEAST_ROWS = 128
+LEAST_ROWS = 64
 
 
 class NativeStep:
