@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from minrl.agents.backbones.blocks import MIXERS, Backbone, State
+from minrl.agents.backbones.blocks import ALL, MIXERS, Backbone, State
+from minrl.agents.backbones.dropout import Dropout
 from minrl.agents.backbones.scan_torch import CANDIDATES
 
 TOKENS = ("interleaved", "joint")
@@ -112,7 +113,7 @@ class TrajectoryModel(nn.Module):
         self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
         nn.init.normal_(self.embed_timestep.weight, std=0.02)
         self.embedding_norm = nn.LayerNorm(config.width)
-        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.embedding_dropout = Dropout(config.dropout)
         self.backbone = Backbone(
             config.width,
             config.num_layers,
@@ -190,19 +191,19 @@ class TrajectoryModel(nn.Module):
         else:
             *backbone_state, last_action = state
         taken = _actions_before(actions, last_action.to(actions.dtype), mask)
-        tokens = self._embed(
+        embedded = self._embed(
             observations, taken[:, :-1], returns_to_go, timesteps, resets, action_dropout
         )
         # Without a past, the sequence starts at the first return: no action token before it.
-        skip = 1 if state is None and self.config.tokens == "interleaved" else 0
+        interleaved = self.config.tokens == "interleaved"
+        skip = 1 if state is None and interleaved else 0
         hidden, after = self.backbone(
-            tokens[:, skip:],
+            self.embedding_dropout(self.embedding_norm(embedded[:, skip:])),
             tuple(backbone_state),
             resets=None if resets is None else self._spread_starts(resets)[:, skip:],
             mask=None if mask is None else self._spread(mask)[:, skip:],
+            outputs=slice(2 - skip, None, 3) if interleaved else ALL,  # the state tokens
         )
-        if self.config.tokens == "interleaved":
-            hidden = hidden[:, 2 - skip :: 3]  # the state tokens
         normalised = torch.tanh(self.head(self.output_norm(hidden)))
         predicted = self.action_middle + self.action_reach * normalised
         return predicted, (*after, taken[:, -1])
@@ -252,7 +253,6 @@ class TrajectoryModel(nn.Module):
         batch, length, _ = observations.shape
         last = self.config.max_timestep - 1
         now = self.embed_timestep(timesteps.clamp(0, last))  # B T D
-        before = self.embed_timestep((timesteps - 1).clamp(0, last))
         seen = self.embed_action((previous - self.action_middle) / self.action_reach)
         if self.training and action_dropout:
             hidden = torch.rand(batch, length, 1, device=seen.device) < action_dropout
@@ -263,12 +263,10 @@ class TrajectoryModel(nn.Module):
         if self.config.tokens == "joint":
             if resets is not None:
                 seen = seen.masked_fill(resets.unsqueeze(-1), 0.0)
-            tokens = seen + returns + observed + now
-        else:
-            tokens = torch.stack([seen + before, returns + now, observed + now], dim=2).flatten(
-                1, 2
-            )
-        return self.embedding_dropout(self.embedding_norm(tokens))
+            return seen + returns + observed + now
+        before = self.embed_timestep((timesteps - 1).clamp(0, last))
+        tokens = [seen + before, returns + now, observed + now]
+        return torch.stack(tokens, dim=2).flatten(1, 2)
 
     def _spread(self, mask: Tensor) -> Tensor:
         """Spread the mask of steps, (B, T), over their tokens."""

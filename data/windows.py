@@ -50,6 +50,9 @@ class WindowSampler:
         seed: with the step it fixes every batch.
         burn_in: steps before the start that only warm up the recurrent state.
 
+    Attributes:
+        batch_size: as given.
+
     Raises:
         ConfigError: a size is out of range, or context is longer than the longest episode.
     """
@@ -77,22 +80,41 @@ class WindowSampler:
             raise ConfigError(f"seed must be at least 0, got {seed}")
         self._episodes = episodes
         self._context = context
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._burn_in = burn_in
         self._seed = seed
         self._returns_to_go = episodes.returns_to_go()
         self._offsets_in_window = np.arange(min(context + burn_in, longest))
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of this training step; the same one for the same (seed, step)."""
-        episodes = self._episodes
-        generator = np.random.default_rng((self._seed, step))
-        drawn = generator.integers(episodes.num_steps, size=self._batch_size)  # (B,)
-        episode = np.searchsorted(episodes.offsets, drawn, side="right") - 1  # (B,)
-        episode_start = episodes.offsets[episode]
-        first = np.maximum(drawn - self._burn_in, episode_start)
-        stop = np.minimum(drawn + self._context, episodes.offsets[episode + 1])
+    @property
+    def length(self) -> int:
+        """Steps of every window, T, padding included."""
+        return len(self._offsets_in_window)
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What :meth:`windows` counts the rows of: observations, actions and returns-to-go."""
+        return self._episodes.observations, self._episodes.actions, self._returns_to_go
+
+    def windows(self, step: int) -> np.ndarray:
+        """Return where the windows of this training step lie; the same for the same (seed, step).
+
+        Returns:
+            (4, B) int64, rows of the flat arrays: where the window's episode starts, the window's
+            first step, its first one that counts in the loss, and the row after its last one.
+        """
+        offsets = self._episodes.offsets
+        generator = np.random.default_rng((self._seed, step))
+        drawn = generator.integers(self._episodes.num_steps, size=self.batch_size)  # (B,)
+        episode = np.searchsorted(offsets, drawn, side="right") - 1  # (B,)
+        first = np.maximum(drawn - self._burn_in, offsets[episode])
+        stop = np.minimum(drawn + self._context, offsets[episode + 1])
+        return np.stack([offsets[episode], first, drawn, stop])
+
+    def batch(self, step: int) -> Batch:
+        """Return the windows of this training step, gathered."""
+        episodes = self._episodes
+        episode_start, first, drawn, stop = self.windows(step)
         rows = first[:, None] + self._offsets_in_window  # (B, T)
         mask = rows < stop[:, None]
         loss_mask = mask & (rows >= drawn[:, None])

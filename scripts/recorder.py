@@ -56,6 +56,7 @@ class Recorder:
             desc="train",
             mininterval=0.1 if sys.stderr.isatty() else 5.0,  # a log file needs few lines
         )
+        self.unread: list[StepReport] = []  # looking at one would wait for its step to be done
         self.shown: dict[str, str] = {}
         self.steps_timed, self.seconds = 0, 0.0
         self.started = time.perf_counter()
@@ -65,8 +66,7 @@ class Recorder:
         config, step = self.config, self.trainer.step_count
         self.steps_timed += 1
         self.bar.update()
-        if not report.skipped:
-            self.losses.append(report.loss)
+        self.unread.append(report)
         last = step == config.steps
         if step % config.log_every == 0 or last:
             self._log(report)
@@ -78,6 +78,7 @@ class Recorder:
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
+        self._read_losses()
         agent = self.agent()
         state = {
             "trainer": self.trainer.state_dict(),
@@ -116,7 +117,12 @@ class Recorder:
         picture = self.run.path / "learning_curve.png"
         plot_learning_curve(self.run.read_metrics(), self.config.targets, title, picture)
 
+    def _read_losses(self) -> None:
+        self.losses += [report.loss for report in self.unread if not report.skipped]
+        self.unread.clear()
+
     def _log(self, report: StepReport) -> None:
+        self._read_losses()
         now = time.perf_counter()
         seconds = self.seconds + now - self.started
         values = {

@@ -55,7 +55,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
         losses = restore(trainer, run, episodes) if run else []
         if rank != 0:  # the other processes of torchrun only compute
             while trainer.step_count < config.steps:
-                trainer.step(sampler.batch(trainer.step_count))
+                trainer.step_from(sampler)
             return Path()
         run = continue_run(run, config, trainer) if run else RunFolder.create(config)
         describe(run, episodes, trainer)
@@ -64,7 +64,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             recorder = Recorder(run, metrics, config, trainer, episodes.info, batches, losses)
             try:
                 while trainer.step_count < config.steps and not asked:
-                    recorder.after_step(trainer.step(sampler.batch(trainer.step_count)))
+                    recorder.after_step(trainer.step_from(sampler))
             finally:  # done, stopped or failed: the weights of this moment are kept
                 recorder.close()
     if trainer.step_count < config.steps:

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
+from minrl.agents.backbones.dropout import Dropout
 
 State = tuple[Tensor, ...]
+
+ALL = slice(None)
 
 MIXERS = {"mingru": MinGRU, "minlstm": MinLSTM}
 
@@ -51,11 +54,12 @@ class RecurrentMixer(nn.Module):
         *,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
+        outputs: slice = ALL,
     ) -> tuple[Tensor, State]:
         """Mix (B, T, D) along time; see :meth:`MinGRU.forward` for resets and mask."""
         hx = None if state is None else state[0].unsqueeze(0)
         hidden, h_n = self.cell(x, hx, resets=resets, mask=mask)
-        return self.output(hidden), (h_n[0],)
+        return self.output(hidden[:, outputs]), (h_n[0],)
 
 
 class CausalConvolution(nn.Module):
@@ -150,7 +154,7 @@ class Block(nn.Module):
                 nn.GELU(),
                 nn.Linear(mlp_ratio * width, width),
             )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def initial_state(self, batch_size: int) -> State:
         """Return the mixer's state, then the convolution's if there is one."""
@@ -166,6 +170,7 @@ class Block(nn.Module):
         *,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
+        outputs: slice = ALL,
     ) -> tuple[Tensor, State]:
         """Transform (B, T, D); see :meth:`Backbone.forward`."""
         carried: State = ()
@@ -173,8 +178,10 @@ class Block(nn.Module):
             *state, past = state
             mixed, carried = self.convolution(x, (past,), resets=resets, mask=mask)
             x = x + mixed
-        mixed, mixer_state = self.mixer(self.mixer_norm(x), tuple(state), resets=resets, mask=mask)
-        x = x + self.dropout(mixed)
+        mixed, mixer_state = self.mixer(
+            self.mixer_norm(x), tuple(state), resets=resets, mask=mask, outputs=outputs
+        )
+        x = x[:, outputs] + self.dropout(mixed)
         if self.mlp is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x, mixer_state + carried
@@ -237,6 +244,7 @@ class Backbone(nn.Module):
         *,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
+        outputs: slice = ALL,
     ) -> tuple[Tensor, State]:
         """Run (B, T, D) sequences in parallel.
 
@@ -246,9 +254,11 @@ class Backbone(nn.Module):
             resets: (B, T) bool, True where a new sequence starts at that step.
             mask: (B, T) bool, False where a step is not valid and must leave no trace in the
                 state; the output there is meaningless.
+            outputs: Which steps' outputs are returned; for others the last block is not computed
+                beyond its state.
 
         Returns:
-            The output (B, T, D) and the state after the last valid step.
+            The output (B, T, D), of these steps, and the state after the last valid step.
         """
         if state is None:
             state = self.initial_state(x.shape[0])
@@ -258,7 +268,8 @@ class Backbone(nn.Module):
         after: State = ()
         for index, block in enumerate(self.blocks):
             before = state[index * per_block : (index + 1) * per_block]
-            x, block_state = block(x, before, resets=resets, mask=mask)
+            wanted = outputs if index == len(self.blocks) - 1 else ALL
+            x, block_state = block(x, before, resets=resets, mask=mask, outputs=wanted)
             after += block_state
         return x, after
 

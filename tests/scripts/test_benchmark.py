@@ -63,7 +63,7 @@ def quick_run(tmp_path_factory):
         ("scan", "cases", {"minrl", "minrl, plain torch", "log-space (paper)", "copy", "stream"}),
         ("layer", "cases", {"minrl MinGRU", "nn.GRU (CPU)", "GRUCell in a loop (the paper's)"}),
         ("act", "cases", {"minrl DecisionAgent.act", "minrl model.step (eager)"}),
-        ("train", "presets", {"quick", "quick, with sampling"}),
+        ("train", "presets", {"quick", "quick, one given batch"}),
         ("data", "loading", {"load_dataset, cached", "load_dataset, first time"}),
     ],
     ids=list(QUICK),

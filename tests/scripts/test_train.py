@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -123,10 +124,10 @@ def test_resume_after_a_signal_continues_bit_for_bit(
 ):
     from minrl.agents.training import Trainer
 
-    plain_step = Trainer.step
+    plain_step = Trainer.step_from
 
-    def step_and_interrupt(self, batch):
-        report = plain_step(self, batch)
+    def step_and_interrupt(self, sampler):
+        report = plain_step(self, sampler)
         if self.step_count == cut:
             os.kill(os.getpid(), signal.SIGINT)
         return report
@@ -134,7 +135,7 @@ def test_resume_after_a_signal_continues_bit_for_bit(
     path = tmp_path / "run"
     config = make_config(hopper_id, path)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step_and_interrupt)
+        patch.setattr(Trainer, "step_from", step_and_interrupt)
         train(config)
     run = RunFolder(path)
     assert run.checkpoints.last() == cut
@@ -182,19 +183,19 @@ def test_a_failing_evaluation_loses_no_training(hopper_id, tmp_path, monkeypatch
 def test_ten_bad_losses_stop_the_run_and_keep_the_weights_before_them(
     hopper_id, tmp_path, monkeypatch
 ):
-    from minrl.data.windows import WindowSampler
+    from minrl.agents.device_step import ResidentStep
 
-    plain = WindowSampler.batch
+    plain, steps = ResidentStep.gather, itertools.count()
 
-    def poisoned_batch(self, step):
-        batch = plain(self, step)
-        if step >= 6:
-            batch.observations[:] = np.nan
-        return batch
+    def poisoned_batch(self):
+        inputs = plain(self)
+        if next(steps) >= 6:
+            inputs["observations"].fill_(np.nan)
+        return inputs
 
     path = tmp_path / "run"
     options = {"eval_episodes": 0, "final_episodes": 0, "eval_every": 100}
-    monkeypatch.setattr(WindowSampler, "batch", poisoned_batch)
+    monkeypatch.setattr(ResidentStep, "gather", poisoned_batch)
     config = make_config(hopper_id, path, steps=100, **options)
     config = dataclasses.replace(config, optimization=CONSTANT)
     with pytest.raises(TrainingError, match="10 times in a row, last at step 16"):

@@ -122,6 +122,18 @@ def test_invalid_steps_leave_no_trace_in_gradients(kind):
 
 
 @every_backbone
+@pytest.mark.parametrize("outputs", [slice(1, None, 3), slice(-1, None), slice(0, 0)])
+def test_outputs_asked_for_are_those_of_the_whole(kind, outputs):
+    backbone = make(kind)
+    x, resets, mask = make_inputs()
+    whole, last = backbone(x, resets=resets, mask=mask)
+    some, after = backbone(x, resets=resets, mask=mask, outputs=outputs)
+    torch.testing.assert_close(some, whole[:, outputs], atol=1e-12, rtol=0)
+    for got, expected in zip(after, last, strict=True):
+        assert torch.equal(got, expected)
+
+
+@every_backbone
 def test_reset_state_touches_only_its_rows(kind):
     backbone = make(kind)
     _, state = backbone(make_inputs()[0])

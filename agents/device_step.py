@@ -1,0 +1,224 @@
+"""What a device does in a training step, without ever waiting for the host.
+
+Nothing here looks at a number: even whether a step is skipped is decided where the numbers are. So
+a GPU can be given a step before it has done the last one, and do it as one CUDA graph.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minrl.agents.losses import masked_action_loss
+from minrl.agents.trajectory import TrajectoryModel
+
+if TYPE_CHECKING:
+    from minrl.data.windows import WindowSampler
+
+Inputs = dict[str, Tensor]
+
+WARM_UP_STEPS = 3
+
+# The data of a GPU's whole memory that may stay there.
+SHARE_FOR_DATA = 0.25
+
+
+class Update:
+    """Forward, backward and the change of the weights: one step's work, its inputs on the device.
+
+    A step whose loss or gradient is not finite changes nothing; so does one on an empty batch.
+
+    Args:
+        model: Whose weights are moved.
+        parallel: The same, or its ``DistributedDataParallel``.
+        optimizer: A fused one.
+        gradient_clip: Largest norm of the gradient.
+        action_dropout: See :class:`OptimizationConfig`.
+        precision: Likewise.
+        averaged: Whether to keep an average of the weights.
+    """
+
+    def __init__(
+        self,
+        model: TrajectoryModel,
+        parallel: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        gradient_clip: float,
+        action_dropout: float,
+        precision: str,
+        averaged: bool,
+    ):
+        self.model, self.parallel, self.optimizer = model, parallel, optimizer
+        self.gradient_clip, self.action_dropout = gradient_clip, action_dropout
+        self.precision = precision
+        self.device = model.action_low.device
+        self.average = copy.deepcopy(model).requires_grad_(False) if averaged else None
+        # Learning rate, steps in the loss (on all processes), share of the new weights in the
+        # average: what changes from step to step is read from here.
+        self.numbers = torch.zeros(3, device=self.device)
+        self.read_rate()
+
+    def read_rate(self) -> None:
+        """Make the optimizer take its learning rate from ``numbers``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.numbers[0]
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Take the step; return its loss and the norm of its gradient, (2,)."""
+        _, count, share = self.numbers
+        self.optimizer.zero_grad()
+        error = self.summed_error(self.parallel, inputs, self.action_dropout)
+        world_size = dist.get_world_size() if self.parallel is not self.model else 1
+        # The ranks' gradients are averaged, so that this is the gradient of the global mean.
+        (error * (world_size / count)).backward()
+        loss = error.detach() / count
+        if self.parallel is not self.model:
+            dist.all_reduce(loss)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        results = torch.stack([loss, nn.utils.get_total_norm(gradients)])
+        finite = results.isfinite().all().float()
+        # Fused optimizers divide by the one, and do nothing at all if the other is 1.
+        self.optimizer.grad_scale = (results[1] / self.gradient_clip).clamp(min=1.0)
+        self.optimizer.found_inf = 1.0 - finite
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self._is_captured()
+        self.optimizer.step()
+        if self.average is not None:
+            self._move_average(share * finite)
+        return results
+
+    def summed_error(self, model: nn.Module, inputs: Inputs, action_dropout: float = 0.0) -> Tensor:
+        """Return the action error, summed over the steps that count in the loss."""
+        # Padding is on the right: no valid step sees it, and so it needs no mask but that of the
+        # loss. It must be finite, though, since even 0 * NaN is NaN.
+        mask, loss_mask = inputs["mask"], inputs["loss_mask"]
+        actions = inputs["actions"]
+        precision = contextlib.nullcontext()
+        if self.precision == "bfloat16":
+            precision = torch.autocast(self.device.type, torch.bfloat16)
+        with precision:
+            predicted, _ = model(
+                inputs["observations"].masked_fill(~mask.unsqueeze(-1), 0.0),
+                actions.masked_fill(~mask.unsqueeze(-1), 0.0),
+                inputs["returns_to_go"].masked_fill(~mask, 0.0),
+                inputs["timesteps"],
+                action_dropout=action_dropout,
+            )
+        return masked_action_loss(predicted.float(), actions, loss_mask, self.model.action_reach)
+
+    @torch.no_grad()
+    def _move_average(self, share: Tensor) -> None:
+        averages = list(self.average.parameters())
+        changes = torch._foreach_sub(list(self.model.parameters()), averages)
+        torch._foreach_mul_(changes, share)
+        torch._foreach_add_(averages, changes)
+
+    def _is_captured(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class ResidentStep:
+    """A step on windows of data that stays on the device: only their places go there.
+
+    Args:
+        sampler: Whose data.
+        update: What to do with a batch.
+        rows: Windows in it, B.
+    """
+
+    def __init__(self, sampler: "WindowSampler", update: Update, rows: int):
+        self.update = update
+        device = update.device
+        # A copy only if need be: PyTorch warns of arrays that must not be written to.
+        arrays = (torch.from_numpy(np.require(x, requirements="W")) for x in sampler.arrays)
+        self.observations, self.actions, self.returns_to_go = (x.to(device) for x in arrays)
+        self.offsets = torch.arange(sampler.length, device=device)
+        self.windows = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._run = self._gather_and_update
+
+    @staticmethod
+    def fits(sampler: "WindowSampler", device: torch.device) -> bool:
+        """Return whether the data leaves enough of the device's memory to the training."""
+        if device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(device)
+        return sum(array.nbytes for array in sampler.arrays) <= SHARE_FOR_DATA * free
+
+    def __call__(self, windows: np.ndarray) -> Tensor:
+        """Take the step on these windows, (4, B); see :meth:`WindowSampler.windows`."""
+        write(self.windows, windows)
+        return self._run()
+
+    def capture(self) -> None:
+        """Do all later steps as one CUDA graph, or as before where that cannot be."""
+        # Warming up must not train: nothing changes on an empty batch.
+        self.windows.zero_()
+        self.update.numbers.zero_()
+        try:
+            self._run = captured(self._gather_and_update, self.update.device)
+        except RuntimeError as error:
+            warnings.warn(f"training without a CUDA graph, slower: {error}", stacklevel=2)
+
+    def gather(self) -> Inputs:
+        """Return the batch; what is not valid in it is some other episode's."""
+        episode_start, first, drawn, stop = self.windows.unsqueeze(-1)  # B 1
+        rows = first + self.offsets  # B T
+        mask = rows < stop
+        taken = rows.clamp(max=len(self.observations) - 1).flatten()
+        return {
+            "observations": self.observations.index_select(0, taken).unflatten(0, rows.shape),
+            "actions": self.actions.index_select(0, taken).unflatten(0, rows.shape),
+            "returns_to_go": self.returns_to_go.index_select(0, taken).view(rows.shape),
+            "timesteps": rows - episode_start,
+            "mask": mask,
+            "loss_mask": mask & (rows >= drawn),
+        }
+
+    def _gather_and_update(self) -> Tensor:
+        return self.update(self.gather())
+
+
+def write(target: Tensor, values: np.ndarray) -> None:
+    """Copy values into a tensor on a device, without waiting for the device."""
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if target.is_cuda:
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)
+
+
+def captured(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Return what does the same as ``function`` in a single launch, as a CUDA graph.
+
+    Random numbers follow from the generator's seed at each call, as they do in the function.
+
+    Args:
+        function: Reads and writes tensors that stay where they are. It is called a few times, since
+            compiling and tuning cannot be captured; its result is overwritten by every call.
+        device: Where it computes.
+
+    Raises:
+        RuntimeError: If it cannot be captured.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
