@@ -1,5 +1,6 @@
 """Fixtures for all tests: no network, no file outside a temporary folder (but compiled kernels)."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from hypothesis import settings
 # Set before any test imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# PyTorch imports Triton at some time, which ends the process if the LLVM of Mesa, which renders,
+# is loaded already; the other way round they get on.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 torch.set_num_threads(1)  # the tests' tensors are small, and other processes want the cores
 settings.register_profile("minrl", deadline=None, derandomize=True, max_examples=30)

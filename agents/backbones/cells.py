@@ -229,7 +229,9 @@ class MinGRU(_MinimalRNN):
     """minGRU: h_t = (1 - z_t) h_{t-1} + z_t g(c_t), z_t = sigmoid(W_z x_t), c_t = W_c x_t.
 
     Takes the arguments of ``nn.GRU``; those it has no meaning for are refused. The rows of
-    ``weight_ih_l*`` are the update gate's, then the candidate's.
+    ``weight_ih_l*`` are the update gate's, then the candidate's. Unlike ``nn.GRU``, it keeps its
+    output for the backward pass, so do not change that in place, and ``torch.func.grad`` and second
+    derivatives do not go through it.
 
     Args:
         input_size: Features of the input, F.

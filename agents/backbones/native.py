@@ -18,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -31,7 +31,9 @@ C_TYPES = {
     "i": ctypes.c_int64,
 }
 
+COMPILER = "minrl.agents.backbones.native_compiler"
 COMPILE_SECONDS = 120
+MARK = b"minrl kernels:"  # what the compiler writes them behind
 
 HUGE_PAGE = 2 * 1024 * 1024
 MADV_HUGEPAGE = 14
@@ -75,23 +77,44 @@ def _compiled(module: str, variant: tuple[str, ...]) -> bytes:
     path = cache_folder() / f"{module.rpartition('.')[2]}-{_fingerprint(module, variant)}.o"
     if path.exists() and (kept := _unsealed(path.read_bytes())) is not None:
         return kept
+    if not sys.executable:
+        raise RuntimeError("there is no Python to compile with in this process")
     done = subprocess.run(  # noqa: S603 - this interpreter, on this package's own module
-        [sys.executable, "-m", "minrl.agents.backbones.native_compiler", module, *variant],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        [sys.executable, "-m", COMPILER, MARK.decode(), module, *variant],
+        env=_environment(),
         capture_output=True,
         timeout=COMPILE_SECONDS,
         check=False,
     )
     if done.returncode:
         raise RuntimeError(done.stderr.decode(errors="replace"))
+    made = done.stdout.rpartition(MARK)[2]  # a site's start-up hooks may have printed before it
+    _split(made)
     # Kept as a whole or not at all: other processes may be looking. Where nothing can be kept,
     # the price is compiling again in the next process.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(hashlib.sha256(done.stdout).digest() + done.stdout)
+        unfinished.write_bytes(hashlib.sha256(made).digest() + made)
         unfinished.replace(path)
-    return done.stdout
+    return made
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment for the compiler, without what would mislead it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**kept, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}  # not the current folder first
+
+
+def _split(code: bytes) -> tuple[dict[str, tuple[str, str]], bytes]:
+    """Return each kernel's symbol and argument types, and the machine code behind them.
+
+    Raises:
+        ValueError: If it is not what the compiler writes.
+    """
+    header, _, machine_code = code.partition(b"\n")
+    return json.loads(header), machine_code
 
 
 def _unsealed(content: bytes) -> bytes | None:
@@ -115,7 +138,7 @@ def _fingerprint(module: str, variant: tuple[str, ...]) -> str:
 def _load(code: bytes) -> dict[str, Callable]:
     from llvmlite import binding
 
-    header, _, machine_code = code.partition(b"\n")
+    kernels, machine_code = _split(code)
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     target = binding.Target.from_default_triple().create_target_machine()
@@ -124,7 +147,7 @@ def _load(code: bytes) -> dict[str, Callable]:
     engine.finalize_object()
     _engines.append(engine)
     functions = {}
-    for name, (symbol, arguments) in json.loads(header).items():
+    for name, (symbol, arguments) in kernels.items():
         prototype = ctypes.CFUNCTYPE(None, *(C_TYPES[letter] for letter in arguments))
         functions[name] = prototype(engine.get_function_address(symbol))
     return functions
@@ -164,13 +187,24 @@ def run_parallel(kernel: Callable, arguments: tuple, units: int, *, least: int =
     """
     threads = max(1, min(torch.get_num_threads(), units // max(least, 1)))
     bounds = [units * thread // threads for thread in range(threads + 1)]
-    others = [
-        _pool().submit(kernel, *arguments, first, stop)
-        for first, stop in itertools.pairwise(bounds[1:])
-    ]
-    kernel(*arguments, bounds[0], bounds[1])
+    others: list[Future] = []
+    try:
+        for first, stop in itertools.pairwise(bounds[1:]):
+            others.append(_pool().submit(kernel, *arguments, first, stop))
+        kernel(*arguments, bounds[0], bounds[1])
+    finally:
+        _wait_for(others)
     for other in others:
         other.result()
+
+
+def _wait_for(others: list[Future]) -> None:
+    """Wait even through Ctrl-C: they write to memory that the caller would free."""
+    try:
+        wait(others)
+    except BaseException:
+        _wait_for(others)
+        raise
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Compiles a kernel module to object code on standard output; see ``native.py``, which runs it.
 
-``python -m minrl.agents.backbones.native_compiler MODULE [VARIANT ...]``
+``python -m minrl.agents.backbones.native_compiler MARK MODULE [VARIANT ...]``; MARK comes first.
 """
 
 import importlib
@@ -8,11 +8,15 @@ import json
 import os
 import sys
 
+# What anybody else prints, from here on, must not end up in the object code.
+OUTPUT = os.dup(1)
+os.dup2(2, 1)
+
 os.environ["NUMBA_OPT"] = "0"  # read on import: everything is optimised once, as a whole, below
 
-import numba
-from llvmlite import binding
-from numba import types
+import numba  # noqa: E402
+from llvmlite import binding  # noqa: E402
+from numba import types  # noqa: E402
 
 NUMBA_TYPES = {
     "f": types.CPointer(types.float32),
@@ -64,4 +68,5 @@ def _optimise(code: binding.ModuleRef, target: binding.TargetMachine, keep: set[
 if __name__ == "__main__":
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    sys.stdout.buffer.write(compile_module(*sys.argv[1:]))
+    with os.fdopen(OUTPUT, "wb") as output:
+        output.write(sys.argv[1].encode() + compile_module(*sys.argv[2:]))

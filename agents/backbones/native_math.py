@@ -11,7 +11,7 @@ ZERO, HALF, ONE, TWO = (np.float32(number) for number in (0, 0.5, 1, 2))
 TOP, BOTTOM = np.float32(87), np.float32(-87)
 LOG2_E = np.float32(np.log2(np.e))
 ROUNDING = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the lowest bits
-MANTISSA = np.int32(23)
+MANTISSA, BITS_OF_ONE = np.int32(23), np.int32(127 << 23)
 # 2^x on [-0.5, 0.5], relative error 1e-7 (minimax, by mpmath.chebyfit).
 P0, P1, P2, P3, P4, P5 = (
     np.float32(coefficient)
@@ -74,4 +74,4 @@ def exp_minus(x):
     rest = -x * LOG2_E - (shifted - ROUNDING)
     square = rest * rest
     power = (P0 + P1 * rest) + square * ((P2 + P3 * rest) + square * (P4 + P5 * rest))
-    return float_of(bits_of(power) + (bits_of(shifted) << MANTISSA))
+    return power * float_of((bits_of(shifted) << MANTISSA) + BITS_OF_ONE)

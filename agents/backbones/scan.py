@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from minrl.agents.backbones import scan_cpu, scan_torch
@@ -62,22 +63,23 @@ def gated_scan(
         The states after every step, (B, T, H) or (T, B, H) in the type of ``projected``, and the
         last state, (B, H) in float32 (float64 for float64 inputs).
 
+    An input that is not finite makes the state NaN, until a reset.
+
     Raises:
-        ValueError: If the sizes do not fit each other.
+        ValueError: If an option is unknown, or sizes, types or devices do not fit each other.
+        RuntimeError: If there is no step at all, or under forward-mode differentiation, which this
+            operator does not have.
     """
     batch, length, width = _sizes(projected, gates, batch_first)
     dtype = torch.promote_types(projected.dtype, torch.float32)
-    flags_shape = projected.shape[:2]
-    for name, flags in (("resets", resets), ("mask", mask)):
-        if flags is not None and (flags.shape != flags_shape or flags.dtype != torch.bool):
-            raise ValueError(
-                f"{name} must be bool of {tuple(flags_shape)}, not {flags.dtype} of "
-                f"{tuple(flags.shape)}"
-            )
+    _check(projected, activation, initial_state, resets, reset_state, mask)
     if initial_state is not None:
         initial_state = initial_state.to(dtype).expand(batch, width)
     if reset_state is not None:
         reset_state = reset_state.to(dtype).expand(batch, width)
+    if batch == 0:
+        states = projected[..., :width]
+        return states, states.new_zeros(0, width, dtype=dtype)
     if length == 1 or (length <= EXPORTED_STEPS and torch.compiler.is_exporting()):
         time, states, state = (1 if batch_first else 0), [], initial_state
         for t in range(length):
@@ -94,10 +96,44 @@ def gated_scan(
     return states.to(output_type), last
 
 
+def _check(
+    projected: Tensor,
+    activation: str,
+    initial_state: Tensor | None,
+    resets: Tensor | None,
+    reset_state: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Refuse what the kernels, which see pointers alone, would take for something else."""
+    if activation not in CANDIDATES:
+        raise ValueError(f"activation must be one of {sorted(CANDIDATES)}, not {activation!r}")
+    for name, flags in (("resets", resets), ("mask", mask)):
+        if flags is not None and (flags.shape != projected.shape[:2] or flags.dtype != torch.bool):
+            raise ValueError(
+                f"{name} must be bool of {tuple(projected.shape[:2])}, not {flags.dtype} of "
+                f"{tuple(flags.shape)}"
+            )
+    others = {"initial_state": initial_state, "reset_state": reset_state}
+    given = {
+        name: x for name, x in (others | {"resets": resets, "mask": mask}).items() if x is not None
+    }
+    for name, x in given.items():
+        if x.device != projected.device:
+            raise ValueError(f"{name} is on {x.device}, projected on {projected.device}")
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (projected, *given.values())
+    ):
+        raise RuntimeError("gated_scan has no forward-mode derivative")
+
+
 def _sizes(projected: Tensor, gates: str, batch_first: bool) -> tuple[int, int, int]:
+    if gates not in PARTS:
+        raise ValueError(f"gates must be one of {sorted(PARTS)}, not {gates!r}")
     batch, length, columns = projected.shape
     if not batch_first:
         batch, length = length, batch
+    if length == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if columns % PARTS[gates]:
         raise ValueError(f"{gates} needs {PARTS[gates]} parts of equal size, not {columns} in all")
     return batch, length, columns // PARTS[gates]
@@ -114,6 +150,8 @@ def _scan_one_step(
 ) -> tuple[Tensor, Tensor]:
     """Do one step, (B, G*H), in plain operations, which can be exported without this package."""
     dtype = torch.promote_types(projected.dtype, torch.float32)
+    if mask is not None:  # or the gradient of what is not valid would be 0 * NaN
+        projected = projected.masked_fill(~mask.unsqueeze(-1), 0.0)
     parts = projected.to(dtype).chunk(PARTS[gates], dim=-1)
     zeros = torch.zeros_like(parts[-1])
     state = zeros if initial_state is None else initial_state

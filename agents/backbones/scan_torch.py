@@ -68,13 +68,14 @@ def scan_forward(
     parts = _parts(projected, initial_state, gates)
     enter, leave = gate_values(parts, gates)
     entering = enter * CANDIDATES[activation](parts[-1])
-    if resets is not None:
-        starts, fresh = resets.unsqueeze(-1), reset_state.unsqueeze(time)
+    starts = _starts(resets, mask)
+    if starts is not None:
+        fresh = reset_state.unsqueeze(time)
         entering = torch.where(starts, entering + (fresh - leave * fresh), entering)
-    leave = _after_flags(leave, resets, mask)
     if mask is not None:
-        entering = entering.masked_fill(~mask.unsqueeze(-1), 0.0)
-    states = _recur(entering, leave, initial_state, time)
+        frozen = ~mask.unsqueeze(-1)
+        entering, leave = entering.masked_fill(frozen, 0.0), leave.masked_fill(frozen, 0.0)
+    states = _recur(entering, leave, initial_state, time, starts)
     return states.to(projected.dtype), states.select(time, -1).clone()
 
 
@@ -102,23 +103,24 @@ def scan_backward(
     before = torch.cat(
         [initial_state.unsqueeze(time), states.narrow(time, 0, states.shape[time] - 1)], time
     )
-    if resets is not None:
-        before = torch.where(resets.unsqueeze(-1), reset_state.unsqueeze(time), before)
-
-    kept = _after_flags(leave, resets, mask)
-    following = torch.cat(
-        [kept.narrow(time, 1, kept.shape[time] - 1), torch.zeros_like(kept.narrow(time, 0, 1))],
-        time,
-    )
+    starts = _starts(resets, mask)
+    if starts is not None:
+        before = torch.where(starts, reset_state.unsqueeze(time), before)
+    if mask is not None:
+        leave = leave.masked_fill(~mask.unsqueeze(-1), 0.0)
+    # Backwards: what a step adds is the gradient by its state, and the step after it takes away.
     pulled = _recur(
-        grad_states.to(leave.dtype).flip(time), following.flip(time), grad_last, time
+        grad_states.to(leave.dtype).flip(time),
+        _step_after(leave, time).flip(time),
+        grad_last,
+        time,
+        None if starts is None else _step_after(starts, time).flip(time),
     ).flip(time)
-    through = pulled - leave * pulled  # by the state before each step, had it not been replaced
-    grad_initial = pulled.select(time, 0) - kept.select(time, 0) * pulled.select(time, 0)
-    grad_reset = torch.zeros_like(initial_state)
-    if resets is not None:
-        happened = resets if mask is None else resets & mask
-        grad_reset = through.masked_fill(~happened.unsqueeze(-1), 0.0).sum(time)
+    through = pulled - leave * pulled  # by the state before each step, or what it was reset to
+    grad_initial, grad_reset = through.select(time, 0), torch.zeros_like(initial_state)
+    if starts is not None:
+        grad_initial = grad_initial.masked_fill(starts.select(time, 0), 0.0)
+        grad_reset = through.masked_fill(~starts, 0.0).sum(time)
 
     grad_value = pulled * enter * _slope(parts[-1], value, activation)
     grads = [*_gate_gradients(parts, gates, pulled * value, -pulled * before), grad_value]
@@ -132,13 +134,17 @@ def _parts(projected: Tensor, state: Tensor, gates: str) -> tuple[Tensor, ...]:
     return projected.to(state.dtype).chunk(PARTS[gates], dim=-1)
 
 
-def _after_flags(leave: Tensor, resets: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return what leaves the state: all of it at a reset, nothing where a step is not valid."""
-    if resets is not None:
-        leave = leave.masked_fill(resets.unsqueeze(-1), 1.0)
-    if mask is not None:
-        leave = leave.masked_fill(~mask.unsqueeze(-1), 0.0)
-    return leave
+def _starts(resets: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return where a valid step starts a sequence, with an axis for the channels."""
+    if resets is None:
+        return None
+    return (resets if mask is None else resets & mask).unsqueeze(-1)
+
+
+def _step_after(x: Tensor, time: int) -> Tensor:
+    """Return for every step the value of the next one, zero for the last."""
+    rest = x.narrow(time, 1, x.shape[time] - 1)
+    return torch.cat([rest, torch.zeros_like(x.narrow(time, 0, 1))], time)
 
 
 def _gate_gradients(
@@ -165,32 +171,50 @@ def _slope(v: Tensor, value: Tensor, activation: str) -> Tensor:
     return torch.ones_like(v) if activation == "identity" else 1 - value * value
 
 
-def _recur(entering: Tensor, leave: Tensor, start: Tensor, time: int) -> Tensor:
-    """Return h_t = h_{t-1} + (entering_t - leave_t h_{t-1}) for all t."""
+def _recur(
+    entering: Tensor, leave: Tensor, start: Tensor, time: int, starts: Tensor | None
+) -> Tensor:
+    """Return h_t = h_{t-1} + (entering_t - leave_t h_{t-1}), at ``starts`` h_t = entering_t."""
     length = leave.shape[time]
     if length <= SEQUENTIAL_LENGTH:
-        return _recur_in_order(entering, leave, start, time)
+        return _recur_in_order(entering, leave, start, time, starts)
     # Two levels of about sqrt(T) steps each: all chunks side by side, then the chunks' ends in
     # order. How much of the state before a chunk is gone by each of its steps follows the same
-    # recurrence, with 1 for the candidate.
+    # recurrence, with 1 for the candidate; after a start all of it is.
     chunk = math.isqrt(length - 1) + 1
     count = -(-length // chunk)
     padding = (0, 0) * (leave.dim() - 1 - time) + (0, count * chunk - length)
-    entering, leave = (
-        functional.pad(x, padding).unflatten(time, (count, chunk)) for x in (entering, leave)
+    entering, leave, starts = (
+        None if x is None else functional.pad(x, padding).unflatten(time, (count, chunk))
+        for x in (entering, leave, starts)
     )
     zeros = torch.zeros_like(leave.select(time + 1, 0))
-    local = _recur_in_order(entering, leave, zeros, time + 1)
-    gone = _recur_in_order(leave, leave, zeros, time + 1)
-    ends = _recur_in_order(local.select(time + 1, -1), gone.select(time + 1, -1), start, time)
+    local = _recur_in_order(entering, leave, zeros, time + 1, starts)
+    gone = _recur_in_order(leave, leave, zeros, time + 1, None)
+    anew = None if starts is None else starts.cumsum(time + 1) > 0
+    ends = _recur_in_order(
+        local.select(time + 1, -1),
+        gone.select(time + 1, -1),
+        start,
+        time,
+        None if anew is None else anew.select(time + 1, -1),
+    )
     before = torch.cat([start.unsqueeze(time), ends.narrow(time, 0, count - 1)], time)
     before = before.unsqueeze(time + 1)
-    return (local + (before - gone * before)).flatten(time, time + 1).narrow(time, 0, length)
+    states = local + (before - gone * before)
+    if anew is not None:
+        states = torch.where(anew, local, states)
+    return states.flatten(time, time + 1).narrow(time, 0, length)
 
 
-def _recur_in_order(entering: Tensor, leave: Tensor, start: Tensor, time: int) -> Tensor:
+def _recur_in_order(
+    entering: Tensor, leave: Tensor, start: Tensor, time: int, starts: Tensor | None
+) -> Tensor:
     states, state = torch.empty_like(leave), start
-    steps = zip(entering.unbind(time), leave.unbind(time), states.unbind(time), strict=True)
-    for entering_t, leave_t, state_t in steps:
+    flags = [None] * leave.shape[time] if starts is None else starts.unbind(time)
+    steps = (x.unbind(time) for x in (entering, leave, states))
+    for entering_t, leave_t, state_t, starts_t in zip(*steps, flags, strict=True):
         state = torch.addcmul(state + entering_t, leave_t, state, value=-1, out=state_t)
+        if starts_t is not None:
+            state_t.copy_(torch.where(starts_t, entering_t, state))
     return states

@@ -74,6 +74,14 @@ def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
         assert file.read_bytes() == sound
 
 
+def test_what_others_print_does_not_end_up_in_the_code(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('hello')")
+    before = f"sys.path.insert(0, {str(tmp_path)!r})"
+    for _ in range(2):
+        result = scan_in_new_process(before=before, MINRL_CACHE=str(tmp_path / "cache"))
+        assert result == ("[]", "imported: ['llvmlite']")
+
+
 def test_where_nothing_can_be_written_kernels_work_all_the_same(tmp_path):
     (tmp_path / "file").touch()  # a folder cannot be made below it, not even by root
     notices, imported = scan_in_new_process(MINRL_CACHE=str(tmp_path / "file" / "cache"))

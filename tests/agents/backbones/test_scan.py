@@ -199,6 +199,43 @@ def test_packed_episodes_equal_episodes_alone(starts, gates):
     torch.testing.assert_close(together, torch.cat(alone, 1), atol=1e-6, rtol=1e-6)
 
 
+# By their bits: NaNs can carry a payload, which must not be taken for a number.
+NOT_FINITE = [0x7FC00000, 0x7FC00001, 0x7F800001, -1, 0x7F800000, -0x800000]
+
+
+@pytest.mark.parametrize("bits", NOT_FINITE, ids=hex)
+@pytest.mark.parametrize("gates", GATES)
+def test_what_is_not_a_number_stays_so_until_a_reset(gates, bits, implementation):
+    tensors, options = make_inputs(1, 40, 4, gates=gates, flags="plain")
+    resets = torch.zeros(1, 40, dtype=torch.bool)
+    resets[:, 25] = True
+    for part in range(PARTS[gates]):
+        projected = tensors["projected"].clone()
+        projected.view(torch.int32)[0, 10, part * 4] = bits
+        got, _ = gated_scan(projected, resets=resets, **options)
+        expected, _ = gated_scan_reference(projected, resets=resets, **options)
+        nan = expected.isnan()
+        if bits in NOT_FINITE[:4]:
+            assert nan[0, 10:25, 0].all()
+        assert (got.isnan() | ~nan).all()
+        assert torch.isfinite(got[0, 25:]).all()
+        assert torch.isfinite(got[..., 1:]).all()
+
+
+@pytest.mark.parametrize("length", [30, 300], ids=["in order", "chunks"])
+def test_nothing_of_what_was_before_survives_a_reset(length, implementation):
+    tensors, options = make_inputs(1, length, 4, flags="plain")
+    clean, _ = gated_scan(**tensors, **options)
+    resets = torch.zeros(1, length, dtype=torch.bool)
+    resets[:, 0] = True
+    for state in (1e6, float("inf"), float("nan")):
+        start = torch.full((1, 4), state, requires_grad=True)
+        states, _ = gated_scan(**tensors, initial_state=start, resets=resets, **options)
+        assert torch.equal(states, clean)
+        (gradient,) = torch.autograd.grad(states.sum() * state, start)
+        assert (gradient == 0).all()
+
+
 def test_gradient_is_cut_at_a_reset(implementation):
     tensors, options = make_inputs(1, 20, 2, flags="plain")
     projected = tensors["projected"].requires_grad_()
@@ -286,9 +323,36 @@ def test_a_second_derivative_is_refused_not_wrong():
         ({"resets": torch.zeros(4, 2, dtype=torch.bool)}, "resets must be bool"),
         ({"mask": torch.ones(2, 4)}, "mask must be bool"),
         ({"gates": "minlstm"}, "3 parts"),
+        ({"gates": "gru"}, "gates must be one of"),
+        ({"activation": "relu"}, "activation must be one of"),
+        ({"initial_state": torch.zeros(2, 5, device="meta")}, "initial_state is on meta"),
     ],
-    ids=["transposed resets", "float mask", "wrong parts"],
+    ids=["transposed resets", "float mask", "wrong parts", "gates", "activation", "device"],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         gated_scan(torch.zeros(2, 4, 10), **change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_sequence_gives_no_states_and_no_step_is_refused(dtype):
+    states, last = gated_scan(torch.zeros(0, 4, 10, dtype=dtype))
+    assert (states.shape, last.shape) == ((0, 4, 5), (0, 5))
+    with pytest.raises(RuntimeError, match="larger than 0"):
+        gated_scan(torch.zeros(2, 0, 10, dtype=dtype))
+
+
+def test_invalid_single_steps_have_no_gradient():
+    projected = torch.full((2, 1, 10), float("nan"), requires_grad=True)
+    state = torch.ones(2, 5, requires_grad=True)
+    states, _ = gated_scan(projected, state, mask=torch.zeros(2, 1, dtype=torch.bool))
+    states.sum().backward()
+    assert (projected.grad == 0).all()
+    assert (state.grad == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_forward_mode_derivative_is_refused_not_zero():
+    projected = make_inputs(1, 5, 2, flags="plain")[0]["projected"]
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: gated_scan(x)[0], (projected,), (projected,))
