@@ -63,7 +63,8 @@ class DecisionAgent:
     ):
         self._model = model.eval()
         self._policy = StepPolicy(model)
-        self.target_return, self.refresh_every, self.context = target_return, refresh_every, context
+        self.target_return = float(target_return)  # NumPy's numbers cannot be written as JSON
+        self.refresh_every, self.context = int(refresh_every), int(context)
         self.info = info or {}
         self.device = model.action_low.device
         self._step: Callable | None = None  # found, perhaps compiled, when first needed
@@ -85,11 +86,21 @@ class DecisionAgent:
             mask: (B,) bool, True for the environments that start anew; all by default.
             target_return: Return to ask of them, in reward units; by default the agent's own.
             num_envs: B, where it is not known yet and ``mask`` is not given.
+
+        Raises:
+            ValueError: If ``mask`` is not of that type and shape, or ``num_envs`` less than 1.
         """
         if mask is None:
-            batch = num_envs or max(len(self._starts), 1)
+            batch = max(len(self._starts), 1) if num_envs is None else num_envs
+            if batch < 1:
+                raise ValueError(f"num_envs must be at least 1, not {num_envs}")
             mask = np.ones(batch, dtype=bool)
-        mask = np.asarray(mask, dtype=bool)
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.ndim != 1:
+            raise ValueError(
+                "mask must be (B,) bool, True for the environments that start anew, not "
+                f"{mask.shape} {mask.dtype}"
+            )
         if len(mask) != len(self._starts):
             self._resize(len(mask))
         self._starts = self._starts | mask
@@ -112,9 +123,10 @@ class DecisionAgent:
         """
         observations = np.asarray(observations, dtype=np.float32)
         if observations.ndim == 1:
-            rewards = None if rewards is None else np.asarray(rewards).reshape(1)
             return self.act(observations[None], rewards)[0]
+        self._check(observations)
         batch = len(observations)
+        rewards = None if rewards is None else _checked_rewards(rewards, batch)
         if batch != len(self._starts):
             self._resize(batch)
         if self._state is None:
@@ -147,13 +159,20 @@ class DecisionAgent:
         if observation.ndim == 1:
             actions, state = self.predict(observation[None], state, episode_start, deterministic)
             return actions[0], state
+        self._check(observation)
         batch = len(observation)
         if state is None:
             state, starts = self._fresh_state(batch), np.ones(batch, dtype=bool)
             self._watched_rewards = None
         else:
             starts = np.broadcast_to(np.asarray(episode_start, dtype=bool), batch).copy()
-        rewards = np.zeros(batch) if self._watched_rewards is None else self._watched_rewards
+            if len(state.timesteps) != batch:
+                raise ValueError(
+                    f"the state is of {len(state.timesteps)} environments, the observation of "
+                    f"{batch}"
+                )
+        watched = self._watched_rewards
+        rewards = np.zeros(batch) if watched is None else _checked_rewards(watched, batch)
         targets = np.full(batch, float(self.target_return))
         return self._advance(state, observation, rewards, starts, targets)
 
@@ -243,12 +262,13 @@ class DecisionAgent:
         self,
         state: AgentState,
         observations: np.ndarray,
-        rewards: Any,
+        rewards: np.ndarray | None,
         starts: np.ndarray,
         targets: np.ndarray,
     ) -> tuple[np.ndarray, AgentState]:
         """Return the actions and the state after them; a pure function but for the window."""
-        self._check(observations)
+        if not len(observations):
+            return np.zeros((0, self.model.action_size), np.float32), state
         returns_to_go = _count_down(state, rewards, starts, targets)
         timesteps = state.timesteps + 1
         timesteps[starts] = 0
@@ -262,10 +282,11 @@ class DecisionAgent:
         return actions, AgentState(model_state, returns_to_go, timesteps, state.window)
 
     def _check(self, observations: np.ndarray) -> None:
-        wanted = (len(observations), self.model.observation_size)
-        if observations.shape != wanted:
+        size = self.model.observation_size
+        if observations.ndim != 2 or observations.shape[1] != size:
             raise ValueError(
-                f"the agent was trained on {wanted[1]} observations, not {observations.shape[1:]}"
+                f"the agent was trained on {size} observations, not {observations.shape[1:]}: it "
+                f"takes ({size},), or (B, {size}) for B environments"
             )
         finite = np.isfinite(observations)
         if not finite.all():
@@ -273,17 +294,21 @@ class DecisionAgent:
             raise ValueError(f"the observation of environment {row} is not finite")
 
 
+def _checked_rewards(rewards: Any, batch: int) -> np.ndarray:
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.shape not in ((), (batch,)):
+        raise ValueError(f"rewards must be a number or of shape ({batch},), not {rewards.shape}")
+    return rewards
+
+
 def _count_down(
-    state: AgentState, rewards: Any, starts: np.ndarray, targets: np.ndarray
+    state: AgentState, rewards: np.ndarray | None, starts: np.ndarray, targets: np.ndarray
 ) -> np.ndarray:
     """Return what is still asked for: the target at a start, else less by the last reward."""
     if np.count_nonzero(starts) == len(starts):
         return targets.copy()
     if rewards is None:
         raise ValueError("act needs the reward of the step before: act(observation, reward)")
-    rewards = np.asarray(rewards, dtype=np.float64)
-    if rewards.shape != starts.shape:
-        rewards = np.broadcast_to(rewards, starts.shape)
     if not (np.isfinite(rewards) | starts).all():
         raise ValueError("a reward is not finite")
     remaining = state.returns_to_go - rewards

@@ -84,10 +84,11 @@ def export_agent(agent: DecisionAgent, path: Path | str, to: str) -> float:
         to: "onnx" or "pt2".
 
     Returns:
-        The largest difference between the actions of file and agent, in the units of actions.
+        The largest difference between the actions of file and agent, 1 being half the range
+        between the bounds of an action.
 
     Raises:
-        ConfigError: If the format is unknown or the agent acts from windows.
+        ConfigError: If format or folder is unknown or the agent acts from windows.
         ExportError: If a library is missing or the file acts differently; no file is left then.
     """
     if to not in FORMATS:
@@ -101,7 +102,11 @@ def export_agent(agent: DecisionAgent, path: Path | str, to: str) -> float:
     path = Path(path)
     if path.suffix != f".{to}":
         raise ConfigError(f"the file must end in .{to}, not {path.name!r}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent}: make it, or write to another")
     write, load = {"onnx": (_write_onnx, load_onnx), "pt2": (_write_pt2, load_pt2)}[to]
+    training = agent.model.training
+    agent.model.eval()  # or the dropout of training would be in the file
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             unchecked = Path(folder, path.name)
@@ -111,9 +116,9 @@ def export_agent(agent: DecisionAgent, path: Path | str, to: str) -> float:
             difference = max(_difference(agent, policy, batch) for batch in CHECK_BATCHES)
             if not difference <= TOLERANCE:
                 raise ExportError(
-                    f"the {to} file acts differently from the model, by up to {difference:.1e}, "
-                    "and was not kept: please report this with the versions of torch and "
-                    "onnxruntime"
+                    f"the {to} file acts differently from the model, by up to {difference:.1e} "
+                    "of half an action's range, and was not kept: please report this with the "
+                    "versions of torch and onnxruntime"
                 )
             unchecked.replace(path)
     except ModuleNotFoundError as error:
@@ -121,6 +126,8 @@ def export_agent(agent: DecisionAgent, path: Path | str, to: str) -> float:
             f'{error.name} is missing, which --to onnx needs: pip install "minrl[export]", or '
             "export --to pt2"
         ) from error
+    finally:
+        agent.model.train(training)
     return difference
 
 
@@ -205,8 +212,9 @@ def _inputs(model: TrajectoryModel, generator: np.random.Generator, batch: int) 
 
 
 def _difference(agent: DecisionAgent, policy: Policy, batch: int) -> float:
-    """Return the largest difference between the actions of an artefact and of the agent."""
+    """Return the largest difference of actions of artefact and agent, in halves of their range."""
     generator = np.random.default_rng(batch)
+    reach = agent.model.action_reach.numpy()
     checked = DecisionAgent(agent.model, target_return=agent.target_return)
     checked.reset(num_envs=batch)
     state = np.zeros((batch, sum(StepPolicy(agent.model).sizes)), np.float32)
@@ -219,6 +227,6 @@ def _difference(agent: DecisionAgent, policy: Policy, batch: int) -> float:
         returns = np.where(starts, agent.target_return, returns - rewards)
         timesteps = np.where(starts, 0, timesteps + 1)
         actions, state = policy(observations, returns.astype(np.float32), timesteps, starts, state)
-        differences.append(np.abs(actions - expected).max())
+        differences.append((np.abs(actions - expected) / reach).max())
         rewards, starts = scale / 100, resets
     return float(np.max(differences))

@@ -27,7 +27,8 @@ class GraphStep:
     """A policy's step as a CUDA graph: one launch instead of one for each of some fifty kernels.
 
     Weights are read where they are, so changes in place need no notice; tensors put in their place
-    are noticed when all environments start an episode.
+    and another ``return_scale`` are noticed at the next step at which an environment starts an
+    episode. Other modules or hooks are not: make a new agent.
 
     Args:
         policy: On a CUDA device.
@@ -54,7 +55,7 @@ class GraphStep:
         arrays = (observations, returns_to_go.astype(np.float32), timesteps, starts)
         tensors = (*map(torch.from_numpy, arrays), state)
         with self._lock, torch.no_grad():
-            if len(state) != self._batch or (starts.all() and self._moved()):
+            if len(state) != self._batch or (starts.any() and self._moved()):
                 self._capture(tensors)
             for buffer, tensor in zip(self._inputs, tensors, strict=True):
                 buffer.copy_(tensor)
@@ -65,15 +66,17 @@ class GraphStep:
             return self._actions.cpu().numpy(), self._after.clone()
 
     def _moved(self) -> bool:
-        """Return whether any weight is not where it was captured."""
+        """Return whether any weight is not where it was captured, or the scale another."""
         weights = [*self.policy.parameters(), *self.policy.buffers()]
         places = [weight.data_ptr() for weight in weights]
-        return places != [weight.data_ptr() for weight in self._weights]
+        same_scale = self.policy.model.return_scale == self._scale
+        return not same_scale or places != [weight.data_ptr() for weight in self._weights]
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         device = self.policy.model.action_low.device
         weights = [*self.policy.parameters(), *self.policy.buffers()]
         self._weights = [weight.detach() for weight in weights]  # kept alive: the graph reads them
+        self._scale = self.policy.model.return_scale
         self._inputs = [tensor.to(device, copy=True) for tensor in tensors]
         stream = torch.cuda.Stream(device)  # compiling and tuning cannot be captured
         stream.wait_stream(torch.cuda.current_stream(device))

@@ -11,9 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from minrl.agents.backbones.scan_cpu_kernels import fused
-
-# Columns of a matrix are stored in panels of LANES, and padded to whole GROUPs of panels.
-LANES, GROUP = 16, 64
+from minrl.agents.native_layout import GROUP, LANES
 
 
 @intrinsic

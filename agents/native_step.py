@@ -1,6 +1,7 @@
 """The step of a policy in one call of compiled code, for models on the CPU."""
 
 import ctypes
+import functools
 import threading
 from collections.abc import Callable
 from operator import attrgetter
@@ -8,29 +9,35 @@ from operator import attrgetter
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minrl.agents.backbones.native import load_kernels, run_parallel
 from minrl.agents.backbones.scan_torch import PARTS
+from minrl.agents.native_layout import GROUP, LANES
+from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import LARGEST, StepPolicy
 from minrl.agents.trajectory import TrajectoryModel
 
 KERNELS = "minrl.agents.native_step_kernels"
-
-# As in the kernels: columns in a panel of a matrix, and in what matrices are padded to.
-LANES, GROUP = 16, 64
 
 VERSION = attrgetter("_version")
 
 # Rows below which another thread is not worth waking.
 LEAST_ROWS = 64
 
+# Steps after which it is worth looking again at what nobody counts.
+LOOK_EVERY = 100
+
 
 class NativeStep:
     """A :class:`StepPolicy` in compiled code: equal to rounding, and as pure a function.
 
-    It has a copy of the weights, renewed when they changed. Changes that PyTorch counts (by
-    optimisers, ``load_state_dict``, any operation in place) are noticed at every step; others
-    (writing to ``parameter.data``, other parameters) when all environments start an episode.
+    It has a copy of the weights, renewed when they changed. What PyTorch counts (any operation in
+    place on a parameter, so ``load_state_dict``) and any step of any optimiser is noticed at the
+    next step. All else (writing to ``parameter.data`` or through a NumPy view, other tensors or
+    modules in place of these, hooks, ``return_scale``) is noticed when all environments start an
+    episode, or one of them does after ``LOOK_EVERY`` steps, or something counted happened. A model
+    that then is no longer what its description builds acts by :func:`plain_step`.
 
     Args:
         policy: One that :func:`native_step` has found to fit.
@@ -40,8 +47,12 @@ class NativeStep:
     def __init__(self, policy: StepPolicy, kernel: Callable):
         self.policy, self.kernel = policy, kernel
         self._lock = threading.Lock()  # one call at a time: they share buffers
-        self._batch = 0
-        self._pack()
+        self._batch: int | None = None
+        self._steps_unseen = 0
+        self._form, self._optimizer_steps = _form(policy.model), _optimizer_steps()
+        self._tracked = _weights(policy.model)
+        self._count, self._fits = self._counted(), True
+        self._weights = self._packed()
 
     def __reduce__(self):
         """Copy and pickle as what it was made from: machine code has no other form."""
@@ -57,12 +68,16 @@ class NativeStep:
     ) -> tuple[np.ndarray, Tensor]:
         """Return the actions and the next state; see :meth:`StepPolicy.forward`."""
         batch = len(observations)
+        state = self._checked(state, batch)
         with self._lock:
+            self._steps_unseen += 1
+            if self._counted() != self._count or self._is_time_to_look(starts):
+                self._renew()
+            if not self._fits:
+                inputs = (observations, returns_to_go, timesteps, starts, state)
+                return plain_step(self.policy, *inputs)
             if batch != self._batch:
                 self._allocate(batch)
-            fresh = np.count_nonzero(starts) == batch
-            if self._counted() != self._count or (fresh and self._changed()):
-                self._pack()
             self._observations[...] = observations
             self._returns[...] = returns_to_go
             self._timesteps[...] = timesteps
@@ -74,6 +89,22 @@ class NativeStep:
             else:
                 run_parallel(self.kernel, arguments, batch, least=LEAST_ROWS)
             return self._actions.copy(), after
+
+    def _is_time_to_look(self, starts: np.ndarray) -> bool:
+        """Return whether to look at the model, which takes as long as ten steps."""
+        started = np.count_nonzero(starts)
+        return started == len(starts) or (started > 0 and self._steps_unseen >= LOOK_EVERY)
+
+    def _checked(self, state: Tensor, batch: int) -> Tensor:
+        """Return the state in the form whose memory the compiled code may read."""
+        wanted = (batch, sum(self.policy.sizes))
+        if state.shape != wanted or state.dtype != torch.float32 or state.device.type != "cpu":
+            raise ValueError(
+                f"this state is of another model or number of environments: it is "
+                f"{tuple(state.shape)} {state.dtype} on {state.device.type}, not {wanted} "
+                "torch.float32 on cpu"
+            )
+        return state.contiguous()
 
     def _allocate(self, batch: int) -> None:
         """Make the buffers for a batch, and the arguments that point to them."""
@@ -120,19 +151,30 @@ class NativeStep:
         self._batch = batch
 
     def _counted(self) -> int:
-        """Return how often PyTorch has seen a weight change."""
-        return sum(map(VERSION, self._tracked))
+        """Return how often PyTorch has seen a weight change, or an optimiser, fused ones too."""
+        return sum(map(VERSION, self._tracked)) + self._optimizer_steps[0]
+
+    def _renew(self) -> None:
+        """Look at the whole model, and copy its weights if they changed."""
+        self._steps_unseen = 0
+        model = self.policy.model
+        weights = _weights(model)
+        self._fits = _fits(model, weights) and _form(model) == self._form
+        if self._fits:
+            self._tracked = weights
+            self._count = self._counted()
+            if self._changed():
+                np.copyto(self._weights, self._packed())
 
     def _changed(self) -> bool:
-        """Return whether any weight is not what was copied."""
-        weights = _weights(self.policy.model)
-        return not all(map(torch.equal, weights, self._copied))
+        """Return whether anything is not what was copied."""
+        same = self.policy.model.return_scale == self._scale
+        return not (same and all(map(torch.equal, self._tracked, self._copied)))
 
-    def _pack(self) -> None:
-        """Copy all weights to one buffer, in the order in which the step reads them."""
+    def _packed(self) -> np.ndarray:
+        """Return a copy of all weights, in the order in which the step reads them."""
         model = self.policy.model
-        self._tracked = _weights(model)
-        self._count = self._counted()
+        self._scale = model.return_scale
         self._copied = [weight.detach().clone() for weight in self._tracked]
         pieces = _constants(model)
         embeddings = [model.embed_action, model.embed_return, model.embed_observation]
@@ -156,30 +198,74 @@ class NativeStep:
             if block.mlp is not None:
                 pieces += [*_norm(block.mlp_norm), *_linear(block.mlp[0]), *_linear(block.mlp[2])]
         pieces += [*_norm(model.output_norm), *_linear(model.head)]
-        packed = torch.cat([piece.detach().flatten() for piece in pieces]).numpy()
-        if not self._batch:
-            self._weights = packed
-        np.copyto(self._weights, packed)
+        return torch.cat([piece.detach().flatten() for piece in pieces]).numpy()
 
 
 def native_step(policy: StepPolicy) -> NativeStep | None:
     """Return the compiled step of a policy; None where there is none, or no compiler."""
     model = policy.model
-    if type(model) is not TrajectoryModel or model.config.backbone not in ("mingru", "minlstm"):
+    if type(model) is not TrajectoryModel or not _fits(model, _weights(model)):
         return None
-    for weight in _weights(model):  # inference tensors do not count their changes
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.is_inference():
-            return None
-    gates = model.config.backbone
-    if gates == "minlstm" and not model.config.normalize:
-        gates = "minlstm_unnormalised"
+    with torch.device("meta"):
+        described = TrajectoryModel.from_description(model.describe()).eval()
+    if _form(model) != _form(described):
+        return None
+    gates = model.backbone.blocks[0].mixer.cell.gates
     convolution = "convolution" if model.config.convolution else "none"
     kernels = load_kernels(KERNELS, gates, model.config.candidate, convolution)
     return kernels and NativeStep(policy, kernels["step"])
 
 
+@functools.cache
+def _optimizer_steps() -> list[int]:
+    """Return a number that every step of any optimiser raises: fused ones bump no versions."""
+    count = [0]
+
+    def raise_count(*_) -> None:
+        count[0] += 1
+
+    register_optimizer_step_post_hook(raise_count)
+    return count
+
+
+def _fits(model: TrajectoryModel, weights: list[Tensor]) -> bool:
+    """Return whether there are no hooks, and compiled code can read the weights."""
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return all(  # inference tensors do not count their changes
+        weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference()
+        for weight in weights
+    )
+
+
+def _form(model: TrajectoryModel) -> list:
+    """Return all but weights and scale that decides what a model computes: equal or not."""
+    return [
+        (
+            type(module),
+            {
+                name: value
+                for name, value in vars(module).items()
+                if not name.startswith("_") and name != "return_scale"
+            },
+            [
+                (name, None if weight is None else weight.shape)
+                for name, weight in (*module._parameters.items(), *module._buffers.items())
+            ],
+        )
+        for module in model.modules()
+    ]
+
+
 def _weights(model: TrajectoryModel) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    # Twice as fast as by parameters() and buffers(), at every start of an episode.
+    return [
+        weight
+        for module in model.modules()
+        for weight in (*module._parameters.values(), *module._buffers.values())
+        if weight is not None
+    ]
 
 
 def _constants(model: TrajectoryModel) -> list[Tensor]:
@@ -194,7 +280,7 @@ def _constants(model: TrajectoryModel) -> list[Tensor]:
         model.action_reach,
         model.action_low,
         model.action_high,
-        torch.tensor([model.return_scale]),
+        torch.tensor([model.return_scale], dtype=torch.float32),
     ]
 
 

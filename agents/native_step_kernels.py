@@ -11,7 +11,8 @@ from numba.extending import intrinsic
 
 from minrl.agents.backbones.native_math import HALF, ONE, TWO, ZERO, exp_minus
 from minrl.agents.backbones.scan_cpu_kernels import CANDIDATES, GATES, fused
-from minrl.agents.native_products import GROUP, multiply, shifted
+from minrl.agents.native_layout import GROUP
+from minrl.agents.native_products import multiply, shifted
 
 # Rows that go through all layers together: what lies between two layers stays in the cache.
 ROWS = 48

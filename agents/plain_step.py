@@ -40,7 +40,7 @@ def plain_step(
     arrays = (observations, returns_to_go.astype(np.float32), timesteps)
     inputs = tuple(torch.from_numpy(array).to(state.device) for array in arrays)
     reset = torch.from_numpy(starts).to(state.device) if starts.any() else None
-    with _few_threads(len(observations)):
+    with few_threads(len(observations)):
         actions, after = policy(*inputs, reset, state)
         if window is not None:
             seen = (without_outliers(model, inputs[0]), *inputs[1:])
@@ -53,7 +53,7 @@ def plain_step(
 
 
 @contextlib.contextmanager
-def _few_threads(batch: int) -> Iterator[None]:
+def few_threads(batch: int) -> Iterator[None]:
     """Compute small batches on one CPU thread.
 
     Handing out work this small costs more than it saves, and where other processes compete for the

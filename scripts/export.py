@@ -35,5 +35,6 @@ def export_command(
     difference = export_agent(agent, path, to)
     print(
         f"{path} ({path.stat().st_size / 2**20:.1f} MiB) acts as the model does: largest "
-        f"difference of an action {difference:.1e}, at most {TOLERANCE:.0e} is allowed"
+        f"difference of an action {difference:.1e} of half its range, at most {TOLERANCE:.0e} is "
+        "allowed"
     )

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from minrl.agents.decision_agent import DecisionAgent
+from minrl.agents.plain_step import few_threads
+from minrl.agents.step_policy import StepPolicy
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
 from minrl.scripts.benchmarks.measuring import (
     Clock,
@@ -26,7 +28,6 @@ OBSERVATION_SIZE, ACTION_SIZE = 11, 3  # Hopper's
 CONFIG = ModelConfig(width=128, num_layers=3)
 BATCHES = {"quick": (1, 32), "default": (1, 32, 128, 1024), "full": (1, 8, 32, 128, 1024, 4096)}
 MOST_ROUNDS = 20_000
-ONE_THREAD_BELOW = 256  # batch, as the agent does: more threads cost more than they save
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _prepare_agent(case: ActCase) -> Prepared:
 
 
 def _prepare_eager(case: ActCase) -> Prepared:
-    """The model's step alone on tensors that are there, with as many threads as the agent."""
+    """The model's step alone, on tensors that are there."""
     model = _model(case.device)
     observation = torch.from_numpy(case.observations).to(case.device)
     numbers = torch.zeros(case.batch, device=case.device)
@@ -106,7 +107,7 @@ def _prepare_eager(case: ActCase) -> Prepared:
     def step() -> None:
         _, kept["state"] = model.step(observation, numbers, timestep, kept["state"])
 
-    return Prepared(_with_agents_threads(torch.inference_mode()(step), case))
+    return Prepared(_with_few_threads(step, case))
 
 
 @functools.cache
@@ -115,7 +116,7 @@ def _onnx_policy() -> tuple[Callable, int]:
     import onnxruntime  # noqa: F401 - missing before anything is exported
     import onnxscript  # noqa: F401
 
-    from minrl.agents.export import StepPolicy, export_agent, load_onnx
+    from minrl.agents.export import export_agent, load_onnx
 
     agent = DecisionAgent(_model(torch.device("cpu")), target_return=3600.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,20 +149,14 @@ def _prepare_gru(case: ActCase) -> Prepared:
     def step() -> None:
         _, kept["state"] = gru(x, kept["state"])
 
-    return Prepared(_with_agents_threads(torch.inference_mode()(step), case))
+    return Prepared(_with_few_threads(step, case))
 
 
-def _with_agents_threads(step: Callable[[], None], case: ActCase) -> Callable[[], None]:
-    """Let a step use as many threads as ``act`` does."""
-    if case.batch >= ONE_THREAD_BELOW:
-        return step
+def _with_few_threads(step: Callable[[], None], case: ActCase) -> Callable[[], None]:
+    """Let a step in PyTorch use as many threads as the agent's plain step does."""
 
     def run() -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with torch.inference_mode(), few_threads(case.batch):
             step()
-        finally:
-            torch.set_num_threads(before)
 
     return run

@@ -181,6 +181,46 @@ def test_wrong_shapes_and_a_missing_reward_are_named():
     agent.act(np.zeros((2, 5), np.float32))
     with pytest.raises(ValueError, match="act needs the reward of the step before"):
         agent.act(np.zeros((2, 5), np.float32))
+    with pytest.raises(ValueError, match=r"a number or of shape \(2,\), not \(2, 1\)"):
+        agent.act(np.zeros((2, 5), np.float32), np.zeros((2, 1)))
+    for bad in (5.0, np.zeros((1, 2, 5))):
+        with pytest.raises(ValueError, match="trained on 5 observations, not"):
+            agent.act(bad)
+    for bad in ([0, 2], True, np.ones((2, 1), bool)):
+        with pytest.raises(ValueError, match=r"mask must be \(B,\) bool"):
+            agent.reset(bad)
+    with pytest.raises(ValueError, match="num_envs must be at least 1, not 0"):
+        agent.reset(num_envs=0)
+    _, state = agent.predict(np.zeros((2, 5), np.float32))
+    with pytest.raises(ValueError, match="state is of 2 environments, the observation of 3"):
+        agent.predict(np.zeros((3, 5), np.float32), state, np.zeros(3, bool))
+
+
+def test_a_refused_call_leaves_the_episodes_as_they_are():
+    agent = make_agent()
+    observations, rewards = make_episode(2)
+    agent.act(observations[0])
+    for bad in (np.zeros((ROWS + 1, 4)), 5.0):
+        with pytest.raises(ValueError, match="trained on 5 observations"):
+            agent.act(bad, rewards[0])
+    with pytest.raises(ValueError, match="rewards must be"):
+        agent.act(observations[1][:2], np.zeros((2, 1)))
+    after = agent.act(observations[1], rewards[0])
+    assert np.array_equal(after, act_through(make_agent(), observations, rewards)[1])
+
+
+@pytest.mark.parametrize("refresh_every", [0, 1])
+def test_no_environments_take_no_actions(refresh_every):
+    agent = make_agent(refresh_every=refresh_every)
+    for _ in range(2):
+        assert agent.act(np.zeros((0, 5), np.float32)).shape == (0, 2)
+    assert agent.act(np.zeros((3, 5), np.float32)).shape == (3, 2)
+
+
+def test_an_agent_with_numpys_numbers_can_be_saved(tmp_path):
+    numbers = {"target_return": np.float32(100), "refresh_every": np.int64(2)}
+    make_agent(**numbers, context=np.int64(3)).save(tmp_path / "agent.safetensors")
+    assert DecisionAgent.load(tmp_path / "agent.safetensors").target_return == 100.0
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])

@@ -172,9 +172,28 @@ def test_a_file_that_acts_differently_is_refused_and_not_left(tmp_path, monkeypa
     agent = make_agent()
     act = DecisionAgent.act
     monkeypatch.setattr(DecisionAgent, "act", lambda *inputs: act(*inputs) + np.float32(2e-5))
-    with pytest.raises(ExportError, match="acts differently from the model, by up to 2"):
+    with pytest.raises(ExportError, match="acts differently from the model, by up to"):
         export_agent(agent, tmp_path / "policy.pt2", "pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_differences_are_measured_in_halves_of_the_range_of_actions(tmp_path, monkeypatch):
+    agent = make_agent()
+    agent.model.action_low.fill_(-100.0)
+    agent.model.action_high.fill_(100.0)
+    act = DecisionAgent.act
+    monkeypatch.setattr(DecisionAgent, "act", lambda *inputs: act(*inputs) + np.float32(5e-4))
+    assert 2e-6 < export_agent(agent, tmp_path / "policy.pt2", "pt2") <= 1e-5
+
+
+def test_a_model_in_training_is_exported_without_dropout_and_left_in_training(tmp_path):
+    torch.manual_seed(0)
+    model = TrajectoryModel(5, 2, ModelConfig(width=16, num_layers=1, dropout=0.5))
+    agent = DecisionAgent(model, target_return=700.0)
+    model.train()
+    assert export_agent(agent, tmp_path / "policy.pt2", "pt2") <= 1e-5
+    assert model.training
+    assert model.embedding_dropout.training
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
@@ -185,6 +204,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export_agent(make_agent(), tmp_path / "policy.tflite", "tflite")
     with pytest.raises(ConfigError, match=r"must end in \.onnx, not 'policy\.pt2'"):
         export_agent(make_agent(), tmp_path / "policy.pt2", "onnx")
+    with pytest.raises(ConfigError, match=r"there is no folder .*nosuch"):
+        export_agent(make_agent(), tmp_path / "nosuch" / "policy.pt2", "pt2")
     assert not list(tmp_path.iterdir())
 
 

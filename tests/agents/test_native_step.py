@@ -9,7 +9,7 @@ import torch
 
 from minrl import DecisionAgent, TrajectoryModel
 from minrl.agents.backbones.native import load_kernels
-from minrl.agents.native_step import NativeStep, native_step
+from minrl.agents.native_step import LOOK_EVERY, NativeStep, native_step
 from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import StepPolicy
 from minrl.agents.trajectory import ModelConfig
@@ -139,7 +139,98 @@ def test_weights_that_change_in_the_middle_of_an_episode_are_noticed():
     assert_acts_as_plain(agent)
 
 
-def test_weights_written_past_pytorchs_count_are_noticed_at_the_start_of_episodes():
+def train_a_fused_step(model):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    versions = [parameter._version for parameter in model.parameters()]
+    optimizer.step()
+    return versions == [parameter._version for parameter in model.parameters()]
+
+
+def test_fused_optimizers_that_count_no_change_are_noticed_in_the_middle_of_an_episode():
+    agent = started(make_agent())
+    assert train_a_fused_step(agent.model)
+    assert_acts_as_plain(agent)
+
+
+def test_weights_written_past_pytorchs_count_are_noticed_when_one_environment_starts():
+    agent = started(make_agent())
+    for _ in range(LOOK_EVERY):
+        agent.act(np.zeros((3, 5), np.float32), 0.0)
+    for parameter in agent.model.parameters():
+        parameter.detach().numpy()[...] *= 1.5
+    agent.reset(np.array([False, True, False]))
+    agent.act(np.zeros((3, 5), np.float32), 0.0)
+    assert_acts_as_plain(agent)
+
+
+def replace_relu(model):
+    model.backbone.blocks[1].mlp[1] = torch.nn.ReLU()
+
+
+def shrink_head(model):
+    model.head = torch.nn.Linear(24, 1)
+
+
+def hook_head(model):
+    model.head.register_forward_hook(lambda _module, _inputs, output: output + 1)
+
+
+def other_epsilon(model):
+    model.output_norm.eps = 0.5
+
+
+def other_forward(model):
+    forward = model.head.forward
+    model.head.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [replace_relu, hook_head, other_epsilon, other_forward])
+def test_a_model_that_is_not_what_its_description_builds_acts_plainly(change):
+    changed = make_model()
+    change(changed)
+    assert native_step(StepPolicy(changed)) is None
+    agent = started(make_agent())
+    change(agent.model)
+    assert_acts_as_plain(started(agent))
+
+
+def test_smaller_modules_are_not_read_beyond_their_end():
+    agent = started(make_agent())
+    shrink_head(agent.model)
+    agent.reset()
+    actions = agent.act(np.ones((3, 5), np.float32))
+    policy = StepPolicy(agent.model)
+    inputs = np.full(3, 50.0), np.zeros(3, int), np.ones(3, bool), policy.initial_state(3)
+    expected, _ = plain_step(policy, np.ones((3, 5), np.float32), *inputs)
+    assert np.array_equal(actions, expected)
+
+
+def test_another_return_scale_is_noticed_at_the_start_of_episodes():
+    agent = started(make_agent())
+    agent.model.return_scale = 7.0
+    assert_acts_as_plain(started(agent))
+
+
+def test_a_state_that_is_not_this_models_is_refused_and_a_strided_one_taken():
+    policy = StepPolicy(make_model())
+    step, inputs = native_step(policy), next(make_inputs(3, 1))
+    state = torch.randn(3, sum(policy.sizes))
+    for bad in (state[:, :-1], state[:2], state.double(), state.to("meta")):
+        with pytest.raises(ValueError, match="this state is of another model"):
+            step(*inputs, bad)
+    expected, after = step(*inputs, state)
+    actions, strided = step(*inputs, state.t().contiguous().t())
+    assert np.array_equal(actions, expected)
+    assert torch.equal(after, strided)
+    other = DecisionAgent(make_model(width=48), target_return=1.0)
+    _, foreign = other.predict(inputs[0])
+    with pytest.raises(ValueError, match="this state is of another model"):
+        make_agent().predict(inputs[0], foreign, np.zeros(3, bool))
+
+
+def test_weights_given_other_memory_are_noticed_at_the_start_of_episodes():
     agent = started(make_agent())
     for change in (
         lambda p: p.data.copy_(p.data * 1.5),
