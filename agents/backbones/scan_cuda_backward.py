@@ -18,12 +18,15 @@ from minrl.agents.backbones.scan_cuda_forward import (
     locate,
 )
 from minrl.agents.backbones.scan_cuda_steps import (
+    RESET,
+    any_of,
     candidate_slope,
     compose,
     gate_slopes,
     load_flags,
     load_gates,
     load_steps,
+    mark_resets,
     step_drop,
     without_masked,
 )
@@ -31,14 +34,13 @@ from minrl.agents.backbones.scan_cuda_steps import (
 
 @triton.jit
 def fold_steps_backwards(drops, outer, starts, drop, grad, STEPS: tl.constexpr):
-    """Continue a map of gradients, (drop, grad), over STEPS earlier steps."""
+    """Continue a map of gradients over STEPS earlier steps; the drop as if there were no starts."""
     for step in tl.static_range(STEPS - 1, -1, -1):
         grad = outer[step].to(grad.dtype) + grad
         grad = grad - drops[step] * grad
         drop = drop + (drops[step] - drops[step] * drop)
         if len(starts) > 0:
             grad = tl.where(starts[step], 0.0, grad)
-            drop = tl.where(starts[step], 1.0, drop)
     return drop, grad
 
 
@@ -66,6 +68,7 @@ def backward_maps_kernel(
     reset_row = resets if resets is None else resets + origin
     drop = tl.zeros((SEGMENTS, CHANNELS), STATE)
     grad = tl.zeros((SEGMENTS, CHANNELS), STATE)
+    started = tl.zeros((SEGMENTS, 1), tl.int1)
     for done in tl.range(split_chunks, num_stages=STAGES):
         first = (split_chunks - 1 - done) * STEPS
         times = begins + first
@@ -83,6 +86,9 @@ def backward_maps_kernel(
                 step_drop(forget[step].to(STATE), update[step].to(STATE), GATES),
             )
         drop, grad = fold_steps_backwards(step_drops, outer, starts, drop, grad, STEPS)
+        if resets is not None:
+            started = started | any_of(starts, STEPS)
+    drop = tl.where(started, RESET, drop)
     if SEGMENTS > 1:
         drop, grad = tl.associative_scan((drop, grad), 0, compose, reverse=True)
     at = (split.to(tl.int64) * batch + row) * width + channels + segment[:, None] * 0
@@ -195,6 +201,7 @@ def backward_kernel(
         if SEGMENTS > 1:
             zero = tl.zeros((SEGMENTS, CHANNELS), STATE)
             all_drop, all_grad = fold_steps_backwards(drop, outer, starts, zero, zero, STEPS)
+            all_drop = mark_resets(all_drop, starts, STEPS)
             grad, carry = across_segments(all_drop, all_grad, carry, True, SEGMENTS, CHANNELS)
         now = out_tile + chunk * CHUNK * stride
         for step in tl.static_range(STEPS - 1, -1, -1):

@@ -16,11 +16,14 @@ import triton
 import triton.language as tl
 
 from minrl.agents.backbones.scan_cuda_steps import (
+    RESET,
+    any_of,
     apply_map,
     compose,
     load_flags,
     load_gates,
     load_steps,
+    mark_resets,
     step_map,
     without_masked,
 )
@@ -64,14 +67,12 @@ def fold_steps(drops, gains, starts, fresh, STEPS: tl.constexpr):
     drop, gain = drops[0], gains[0]
     if len(starts) > 0:
         gain = tl.where(starts[0], fresh + (gain - drop * fresh), gain)
-        drop = tl.where(starts[0], 1.0, drop)
     for step in tl.static_range(1, STEPS):
         if len(starts) > 0:
             gain = tl.where(starts[step], fresh, gain)
-            drop = tl.where(starts[step], 1.0, drop)
         gain = gain + (gains[step] - drops[step] * gain)
         drop = drop + (drops[step] - drops[step] * drop)
-    return drop, gain
+    return mark_resets(drop, starts, STEPS), gain
 
 
 @triton.jit
@@ -156,6 +157,7 @@ def forward_maps_kernel(
     reset_row = resets if resets is None else resets + origin
     drop = tl.zeros((SEGMENTS, CHANNELS), STATE)
     gain = tl.zeros((SEGMENTS, CHANNELS), STATE)
+    started = tl.zeros((SEGMENTS, 1), tl.int1)
     for chunk in tl.range(split_chunks, num_stages=STAGES):
         times = begins + chunk * STEPS
         now = tile + chunk * STEPS * stride
@@ -172,9 +174,11 @@ def forward_maps_kernel(
             )  # fmt: skip
             if resets is not None:
                 gain = tl.where(starts[step], fresh, gain)
-                drop = tl.where(starts[step], 1.0, drop)
             gain = gain + (step_gain - step_drop * gain)
             drop = drop + (step_drop - step_drop * drop)
+        if resets is not None:
+            started = started | any_of(starts, STEPS)
+    drop = tl.where(started, RESET, drop)
     if SEGMENTS > 1:
         drop, gain = tl.associative_scan((drop, gain), 0, compose)
     last = (segment == SEGMENTS - 1)[:, None] & alive

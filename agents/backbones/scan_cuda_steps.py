@@ -3,10 +3,11 @@
 
 The map of a step, or of many, is written as a pair (drop, gain): h -> h + (gain - drop * h).
 With drop = 0.0003 this keeps the accuracy that (1 - drop) * h + gain loses to the rounding of
-1 - drop. Where drop is 1 (a reset, a fully open gate) nothing of the old state may survive, not
-even its rounding error: ``apply_map`` selects there instead of subtracting.
+1 - drop. Where drop is 1 (fully open gates) ``apply_map`` adds nothing of the old state, not even
+its rounding error, but what is not finite stays so, as it does step by step: whether a divergence
+is seen must not hang on how time is cut. Only a reset, drop = RESET, forgets NaN as well.
 
-Tiles are (S, C): segments of the time axis by channels; see ``scan_cuda_kernels``.
+Tiles are (S, C): segments of the time axis by channels; see ``scan_cuda_forward``.
 """
 
 import triton
@@ -14,6 +15,8 @@ import triton.language as tl
 
 # Gate logits read outside the sequence: exactly closed, and within the range of float16.
 CLOSED = tl.constexpr(-60000.0)
+# The drop of a map with a reset in it, beyond what gates can give.
+RESET = tl.constexpr(2.0)
 HUGE = tl.constexpr(3.0e38)
 TINY = tl.constexpr(1.0e-38)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,13 +56,15 @@ def reciprocal(x):
 @triton.jit
 def apply_map(drop, gain, state):
     """Return the state after a map."""
-    return tl.where(drop == 1.0, gain, state + (gain - drop * state))
+    after = tl.where(drop == 1.0, gain + 0.0 * state, state + (gain - drop * state))
+    return tl.where(drop == RESET, gain, after)
 
 
 @triton.jit
 def compose(first_drop, first_gain, then_drop, then_gain):
     """Return the map that is the first map, then the second."""
-    drop = apply_map(then_drop, then_drop, first_drop)
+    drop = first_drop + (then_drop - then_drop * first_drop)
+    drop = tl.where(tl.maximum(first_drop, then_drop) == RESET, RESET, drop)
     return drop, apply_map(then_drop, then_gain, first_gain)
 
 
@@ -69,7 +74,8 @@ def candidate_parts(value, ACTIVATION: tl.constexpr):
     if ACTIVATION == "g":
         power = exponential(-tl.abs(value))
         return value + 0.5, value >= 0.0, power, power
-    else:  # tanh; its quotient loses relative accuracy near 0, where the series has converged
+    else:  # its quotient loses relative accuracy near 0, where the series has converged
+        tl.static_assert(ACTIVATION == "tanh", "unknown activation")
         power = exponential(-2.0 * tl.abs(value))
         square = value * value
         series = value + value * square * (-1 / 3 + square * (2 / 15 - square * (17 / 315)))
@@ -80,10 +86,14 @@ def candidate_parts(value, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def inverse_gates(forget, update):
-    """Return 1 / sigmoid of both logits, each times one power of e that keeps them finite."""
+    """Return 1 / sigmoid of both logits, then e^-logit, all times what keeps them finite."""
+    # A logit of -inf (an overflow, in float16) would be inf - inf below; NaN has to stay NaN.
+    forget = tl.maximum(forget, -HUGE, propagate_nan=tl.PropagateNan.ALL)
+    update = tl.maximum(update, -HUGE, propagate_nan=tl.PropagateNan.ALL)
     largest = tl.maximum(tl.maximum(-forget, -update), 0.0)
     one = exponential(-largest)
-    return one + exponential(-forget - largest), one + exponential(-update - largest)
+    forget, update = exponential(-forget - largest), exponential(-update - largest)
+    return one + forget, one + update, forget, update
 
 
 @triton.jit
@@ -92,7 +102,7 @@ def step_drop(forget, update, GATES: tl.constexpr):
     if GATES == "mingru":
         return reciprocal(1.0 + exponential(-update))
     elif GATES == "minlstm":
-        of_forget, of_update = inverse_gates(forget, update)
+        of_forget, of_update, _, _ = inverse_gates(forget, update)
         return of_forget * reciprocal(of_forget + of_update)
     else:
         return reciprocal(1.0 + exponential(forget))
@@ -102,7 +112,7 @@ def step_drop(forget, update, GATES: tl.constexpr):
 def step_map(forget, update, value, GATES: tl.constexpr, ACTIVATION: tl.constexpr):
     """Return (drop, gain) of a step; gate and candidate share one division."""
     if GATES == "minlstm":
-        numerator, of_update = inverse_gates(forget, update)
+        numerator, of_update, _, _ = inverse_gates(forget, update)
         denominator = numerator + of_update
     else:
         numerator, denominator = 1.0, 1.0 + exponential(-update)
@@ -128,14 +138,13 @@ def gate_slopes(forget, update, GATES: tl.constexpr):
     are one, both are of it. For minGRU the first means nothing. Every 0 / 0 is turned into 0.
     """
     if GATES == "minlstm":
-        of_forget, of_update = inverse_gates(forget, update)
+        of_forget, of_update, forget_power, update_power = inverse_gates(forget, update)
         total = reciprocal(of_forget + of_update)
         take = of_forget * total
         product = take * (of_update * total)
         # Times sigmoid(-logit), which is 1 - sigmoid(logit) without cancellation.
-        largest = tl.maximum(tl.maximum(-forget, -update), 0.0)
-        by_forget = exponential(-forget - largest) * reciprocal(tl.maximum(of_forget, TINY))
-        by_update = exponential(-update - largest) * reciprocal(tl.maximum(of_update, TINY))
+        by_forget = forget_power * reciprocal(tl.maximum(of_forget, TINY))
+        by_update = update_power * reciprocal(tl.maximum(of_update, TINY))
         return take, take, -product * by_forget, product * by_update
     else:
         power = exponential(-update)
@@ -187,6 +196,24 @@ def without_masked(flags, masks, STEPS: tl.constexpr):
         for step in tl.static_range(STEPS):
             both = both + (flags[step] & masks[step],)
         return both
+
+
+@triton.jit
+def any_of(flags, STEPS: tl.constexpr):
+    """Return where any of STEPS flags is set."""
+    found = flags[0]
+    for step in tl.static_range(1, STEPS):
+        found = found | flags[step]
+    return found
+
+
+@triton.jit
+def mark_resets(drop, starts, STEPS: tl.constexpr):
+    """Return the drop of STEPS steps' map, RESET if one of them starts anew."""
+    if len(starts) == 0:
+        return drop
+    else:
+        return tl.where(any_of(starts, STEPS), RESET, drop)
 
 
 @triton.jit

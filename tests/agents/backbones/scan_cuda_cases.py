@@ -209,6 +209,50 @@ def test_nothing_survives_a_reset(plan):
         assert torch.equal(got["projected"][:, 6:], clean["projected"][:, 6:])
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("gates", PARTS)
+def test_a_diverged_state_is_seen_behind_saturated_gates_until_a_reset(gates, plan):
+    inputs, grads = make_case("resets", gates, torch.float32, True, (1, LENGTH, WIDTH))
+    inputs[0][..., :WIDTH] = -40.0
+    inputs[0][..., WIDTH:-WIDTH] = 40.0
+    if gates == "mingru":
+        inputs[0][..., :WIDTH] = 40.0
+    inputs[0][:, 0, -WIDTH:] = float("nan")
+    inputs[2].zero_()
+    inputs[2][:, 8] = True
+    states = run(inputs, grads, gates, "g", True, PLANS[plan])["states"]
+    assert states[:, :8].isnan().all()
+    assert states[:, 8:].isfinite().all()
+    grads[0][:, 7] = float("nan")  # and backwards, to the reset before it
+    inputs[0][:, 0, -WIDTH:] = 0.0
+    inputs[2][:, 1] = True
+    got = run(inputs, grads, gates, "g", True, PLANS[plan])
+    assert got["projected"][:, 1:8].isnan().all()
+    assert got["projected"][:, 8:].isfinite().all()
+    assert got["projected"][:, :1].isfinite().all()
+
+
+@pytest.mark.parametrize("plan", ["serial", "segments", "splits"])
+@pytest.mark.parametrize("gates", PARTS)
+def test_infinite_logits_equal_the_float64_loop(gates, plan):
+    inputs, grads = make_case("h0", gates, torch.float16, True, (1, LENGTH, WIDTH))
+    inputs[0][:, 1::3, :WIDTH] = -float("inf")
+    inputs[0][:, 2::3, WIDTH:-WIDTH] = -float("inf")
+    inputs[0][:, 6, :WIDTH] = float("inf")
+    expected = expect(inputs, grads, gates, "g", True)["last"]
+    got = run(inputs, grads, gates, "g", True, PLANS[plan])
+    assert ((got["last"] - expected).abs() <= 3e-6 * expected.abs().clamp(min=1.0)).all()
+    assert all(value.isfinite().all() for value in got.values())
+    inputs[0][:, -2, 0] = float("nan")
+    assert run(inputs, grads, gates, "g", True, PLANS[plan])["last"][:, 0].isnan().all()
+
+
+def test_an_unknown_activation_is_refused():
+    inputs, _ = make_case("plain", "mingru", torch.float32, True, (1, 2, 2))
+    with pytest.raises(Exception, match="unknown activation"):
+        scan_forward(*inputs, "mingru", "relu", True)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="nothing runs side by side in the interpreter")
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_same_bits_on_every_run(plan):
