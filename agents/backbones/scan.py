@@ -9,20 +9,13 @@ device: pre-activations in, states out. Everything is computed in linear space, 
 h > 0 and cannot express a reset.
 """
 
-import functools
-import importlib.util
-from collections.abc import Iterator
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from minrl.agents.backbones import scan_cpu, scan_torch
+from minrl.agents.backbones.scan_operator import sizes_of
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS, gate_values
-
-Gradients = tuple[Tensor | None, ...]
 
 # A policy's step, of up to this many tokens, is exported as plain operations: it runs without us.
 EXPORTED_STEPS = 3
@@ -70,7 +63,7 @@ def gated_scan(
         RuntimeError: If there is no step at all, or under forward-mode differentiation, which this
             operator does not have.
     """
-    batch, length, width = _sizes(projected, gates, batch_first)
+    batch, length, width = sizes_of(projected, gates, batch_first)
     dtype = torch.promote_types(projected.dtype, torch.float32)
     _check(projected, activation, initial_state, resets, reset_state, mask)
     if initial_state is not None:
@@ -126,19 +119,6 @@ def _check(
         raise RuntimeError("gated_scan has no forward-mode derivative")
 
 
-def _sizes(projected: Tensor, gates: str, batch_first: bool) -> tuple[int, int, int]:
-    if gates not in PARTS:
-        raise ValueError(f"gates must be one of {sorted(PARTS)}, not {gates!r}")
-    batch, length, columns = projected.shape
-    if not batch_first:
-        batch, length = length, batch
-    if length == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if columns % PARTS[gates]:
-        raise ValueError(f"{gates} needs {PARTS[gates]} parts of equal size, not {columns} in all")
-    return batch, length, columns // PARTS[gates]
-
-
 def _scan_one_step(
     projected: Tensor,
     resets: Tensor | None,
@@ -162,178 +142,6 @@ def _scan_one_step(
     if mask is not None:
         after = torch.where(mask.unsqueeze(-1), after, state)
     return after.to(projected.dtype), after
-
-
-def _forward(
-    projected: Tensor,
-    initial_state: Tensor | None,
-    resets: Tensor | None,
-    reset_state: Tensor | None,
-    mask: Tensor | None,
-    gates: str,
-    activation: str,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all states, the last one, and what the backward pass needs besides (on CUDA)."""
-    projected, initial_state, resets, reset_state, mask = _contiguous(
-        projected, initial_state, resets, reset_state, mask
-    )
-    options = (gates, activation, batch_first)
-    if _on_triton(projected):
-        from minrl.agents.backbones import scan_cuda
-
-        return scan_cuda.scan_forward(projected, initial_state, resets, reset_state, mask, *options)
-    batch, _, width = _sizes(projected, gates, batch_first)
-    dtype = torch.promote_types(projected.dtype, torch.float32)
-    zeros = projected.new_zeros(batch, width, dtype=dtype)
-    states, last = _backend(projected, gates, activation).scan_forward(
-        projected,
-        zeros if initial_state is None else initial_state,
-        resets,
-        zeros if reset_state is None else reset_state,
-        mask,
-        *options,
-    )
-    return states, last, projected.new_empty(0)
-
-
-def _backward(
-    grad_states: Tensor,
-    grad_last: Tensor,
-    projected: Tensor,
-    saved: Tensor,
-    initial_state: Tensor | None,
-    resets: Tensor | None,
-    reset_state: Tensor | None,
-    mask: Tensor | None,
-    gates: str,
-    activation: str,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients by ``projected``, ``initial_state`` and ``reset_state`` (B, H)."""
-    grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask = (
-        _contiguous(
-            grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask
-        )
-    )
-    grads, options = (grad_states, grad_last), (gates, activation, batch_first)
-    if _on_triton(projected):
-        from minrl.agents.backbones import scan_cuda
-
-        return scan_cuda.scan_backward(
-            *grads, projected, saved, initial_state, resets, reset_state, mask, *options
-        )
-    zeros = torch.zeros_like(grad_last)
-    return _backend(projected, gates, activation).scan_backward(
-        *grads,
-        projected,
-        saved,
-        zeros if initial_state is None else initial_state,
-        resets,
-        zeros if reset_state is None else reset_state,
-        mask,
-        *options,
-    )
-
-
-def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
-    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def _backend(projected: Tensor, gates: str, activation: str) -> ModuleType:
-    on_cpu = projected.device.type == "cpu"
-    native = on_cpu and scan_cpu.is_available(projected.dtype, gates, activation)
-    return scan_cpu if native else scan_torch
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _on_triton(projected: Tensor) -> bool:
-    return projected.device.type == "cuda" and _has_triton()
-
-
-def _forward_shapes(
-    projected, initial_state, resets, reset_state, mask, gates, activation, batch_first
-):
-    batch, length, width = _sizes(projected, gates, batch_first)
-    dtype = torch.promote_types(projected.dtype, torch.float32)
-    saved = (0,)
-    if _on_triton(projected):
-        from minrl.agents.backbones import scan_cuda
-
-        saved = scan_cuda.checkpoint_shape(batch, length, width, projected.dtype)
-    return (
-        projected.new_empty(*projected.shape[:2], width),
-        projected.new_empty(batch, width, dtype=dtype),
-        projected.new_empty(saved, dtype=dtype),
-    )
-
-
-def _backward_shapes(grad_states, grad_last, projected, *_others):
-    sizes = grad_last.shape
-    return (
-        torch.empty_like(projected, memory_format=torch.contiguous_format),
-        grad_last.new_empty(sizes),
-        grad_last.new_empty(sizes),
-    )
-
-
-def _save(ctx, inputs, output) -> None:
-    projected, initial_state, resets, reset_state, mask, *ctx.options = inputs
-    states, _, checkpoints = output
-    saved = checkpoints if _on_triton(projected) else states
-    ctx.save_for_backward(projected, saved, initial_state, resets, reset_state, mask)
-
-
-def _differentiate(ctx, grad_states: Tensor, grad_last: Tensor, _) -> Gradients:
-    projected, saved, initial_state, resets, reset_state, mask = ctx.saved_tensors
-    grads = torch.ops.minrl.gated_scan_backward(
-        grad_states,
-        grad_last,
-        projected,
-        saved,
-        initial_state,
-        resets,
-        reset_state,
-        mask,
-        *ctx.options,
-    )
-    by_initial = None if initial_state is None else grads[1]
-    by_reset = None if reset_state is None else grads[2]
-    return grads[0], by_initial, None, by_reset, None, None, None, None
-
-
-def _refuse(_ctx, *_grads) -> Gradients:
-    raise RuntimeError("gated_scan cannot be differentiated twice")
-
-
-# Defined by hand: torch.library.custom_op imports the compiler, two seconds, at the first call.
-_LIBRARY = torch.library.Library("minrl", "DEF")
-_FLAGS = "Tensor? resets, Tensor? reset_state, Tensor? mask"
-_OPTIONS = "str gates, str activation, bool batch_first"
-for _name, _inputs, _compute, _shapes in (
-    ("gated_scan", "Tensor projected", _forward, _forward_shapes),
-    (
-        "gated_scan_backward",
-        "Tensor grad_states, Tensor grad_last, Tensor projected, Tensor saved",
-        _backward,
-        _backward_shapes,
-    ),
-):
-    _LIBRARY.define(
-        f"{_name}({_inputs}, Tensor? initial_state, {_FLAGS}, {_OPTIONS})"
-        " -> (Tensor, Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-    )
-    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"minrl::{_name}", _shapes, lib=_LIBRARY)
-torch.library.register_autograd(
-    "minrl::gated_scan", _differentiate, setup_context=_save, lib=_LIBRARY
-)
-torch.library.register_autograd("minrl::gated_scan_backward", _refuse, lib=_LIBRARY)
 
 
 def gated_scan_reference(

@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 
-from minrl.agents.backbones import scan
-from minrl.agents.backbones.scan import gated_scan_reference
+from minrl.agents.backbones import scan_operator
+from minrl.agents.backbones.scan import gated_scan, gated_scan_reference
 from minrl.agents.backbones.scan_cuda import (
     FEW,
     MANY,
@@ -265,7 +265,7 @@ def test_the_same_bits_on_every_run(plan):
 @pytest.mark.parametrize("gates", PARTS)
 @pytest.mark.parametrize("length", [1, 5, 40], ids=lambda length: f"T{length}")
 def test_the_operator_differentiates_through_the_kernels(length, gates, monkeypatch):
-    monkeypatch.setattr(scan, "_on_triton", lambda _: True)
+    monkeypatch.setattr(scan_operator, "_on_triton", lambda _: True)
     width, generator = 6, torch.Generator().manual_seed(0)
     leaves = [
         torch.randn(2, length, PARTS[gates] * width, generator=generator),
@@ -276,7 +276,7 @@ def test_the_operator_differentiates_through_the_kernels(length, gates, monkeypa
     weight = torch.randn(2, length, width, generator=generator)
     results = []
     for function, dtype in (
-        (scan.gated_scan, torch.float32),
+        (gated_scan, torch.float32),
         (gated_scan_reference, torch.float64),
     ):
         projected, initial, reset = (
