@@ -8,9 +8,9 @@ import json
 import os
 import sys
 
-# What anybody else prints, from here on, must not end up in the object code.
-OUTPUT = os.dup(1)
-os.dup2(2, 1)
+if __name__ == "__main__":  # what others print from here on must not end up in the object code
+    OUTPUT = os.dup(1)
+    os.dup2(2, 1)
 
 os.environ["NUMBA_OPT"] = "0"  # read on import: everything is optimised once, as a whole, below
 
