@@ -14,9 +14,9 @@ if __name__ == "__main__":  # what others print from here on must not end up in 
 
 os.environ["NUMBA_OPT"] = "0"  # read on import: everything is optimised once, as a whole, below
 
-import numba  # noqa: E402
-from llvmlite import binding  # noqa: E402
-from numba import types  # noqa: E402
+import numba
+from llvmlite import binding
+from numba import types
 
 NUMBA_TYPES = {
     "f": types.CPointer(types.float32),
