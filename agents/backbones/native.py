@@ -74,7 +74,7 @@ def cache_folder() -> Path:
 
 def _compiled(module: str, variant: tuple[str, ...]) -> bytes:
     """Return the object file of a variant from the cache, made anew where there is no sound one."""
-    path = cache_folder() / f"{module.rpartition('.')[2]}-{_fingerprint(module, variant)}.o"
+    path = cache_folder() / f"{module.rpartition('.')[2]}-{_fingerprint(variant)}.o"
     if path.exists() and (kept := _unsealed(path.read_bytes())) is not None:
         return kept
     if not sys.executable:
@@ -123,7 +123,7 @@ def _unsealed(content: bytes) -> bytes | None:
     return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _fingerprint(module: str, variant: tuple[str, ...]) -> str:
+def _fingerprint(variant: tuple[str, ...]) -> str:
     """Return a name for everything that the object code depends on."""
     from llvmlite import binding
 
