@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from minrl.agents.backbones.scan import gated_scan
+from minrl.agents.backbones.layer import gated_layer
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
 
@@ -193,9 +193,10 @@ class _MinimalRNN(nn.Module):
         last = []
         for layer in range(self.num_layers):
             bias = getattr(self, f"bias_ih_l{layer}") if self.bias else None
-            projected = nn.functional.linear(x, getattr(self, f"weight_ih_l{layer}"), bias)
-            x, h = gated_scan(
-                projected,
+            x, h = gated_layer(
+                x,
+                getattr(self, f"weight_ih_l{layer}"),
+                bias,
                 first[layer],
                 gates=self.gates,
                 activation=self.candidate,

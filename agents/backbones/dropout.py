@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrl.agents.backbones.native import empty_like, load_kernels, run_parallel
+from minrl.agents.backbones.operators import define_operator
 
 KERNELS = "minrl.agents.backbones.dropout_kernels"
 
@@ -69,10 +70,6 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.minrl.dropout(grad, ctx.saved_tensors[0], ctx.p), None, None
 
 
-_LIBRARY = torch.library.Library("minrl", "FRAGMENT")
-_LIBRARY.define(
-    "dropout(Tensor x, Tensor key, float p) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+define_operator(
+    "dropout(Tensor x, Tensor key, float p) -> Tensor", _dropout, _shape, _differentiate, _save
 )
-_LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")
-torch.library.register_fake("minrl::dropout", _shape, lib=_LIBRARY)
-torch.library.register_autograd("minrl::dropout", _differentiate, setup_context=_save, lib=_LIBRARY)

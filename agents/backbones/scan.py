@@ -65,7 +65,7 @@ def gated_scan(
     """
     batch, length, width = sizes_of(projected, gates, batch_first)
     dtype = torch.promote_types(projected.dtype, torch.float32)
-    _check(projected, activation, initial_state, resets, reset_state, mask)
+    check_arguments(projected, activation, initial_state, resets, reset_state, mask)
     if initial_state is not None:
         initial_state = initial_state.to(dtype).expand(batch, width)
     if reset_state is not None:
@@ -89,7 +89,7 @@ def gated_scan(
     return states.to(output_type), last
 
 
-def _check(
+def check_arguments(
     projected: Tensor,
     activation: str,
     initial_state: Tensor | None,

@@ -28,15 +28,17 @@ def scan_forward(
     gates: str,
     activation: str,
     batch_first: bool,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return all states and the last one; see :func:`scan_torch.scan_forward`."""
     batch, width = initial_state.shape
-    states = empty_like(projected, *projected.shape[:2], width)
-    last = torch.empty_like(initial_state)
+    if out is None:
+        states = empty_like(projected, *projected.shape[:2], width)
+        out = states, torch.empty_like(initial_state)
     kernel = load_kernels(KERNELS, gates, activation)["forward"]
-    pointers = _pointers(projected, initial_state, reset_state, resets, mask, states, last)
+    pointers = _pointers(projected, initial_state, reset_state, resets, mask, *out)
     _run(kernel, pointers, resets, mask, projected, batch, width, batch_first)
-    return states, last
+    return out
 
 
 def scan_backward(
@@ -51,26 +53,21 @@ def scan_backward(
     gates: str,
     activation: str,
     batch_first: bool,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients; see :func:`scan_torch.scan_backward`."""
     batch, width = initial_state.shape
-    grad_projected = empty_like(projected, *projected.shape)
-    carry, grad_reset = grad_last.clone(), torch.zeros_like(initial_state)
+    if out is None:
+        grad_projected = empty_like(projected, *projected.shape)
+        out = grad_projected, torch.empty_like(grad_last), torch.zeros_like(initial_state)
+    grad_projected, carry, grad_reset = out
+    if carry is not grad_last:
+        carry.copy_(grad_last)
     kernel = load_kernels(KERNELS, gates, activation)["backward"]
-    pointers = _pointers(
-        projected,
-        initial_state,
-        reset_state,
-        states,
-        resets,
-        mask,
-        grad_states,
-        carry,
-        grad_projected,
-        grad_reset,
-    )
+    pointers = _pointers(projected, initial_state, reset_state, states, resets, mask)
+    pointers += _pointers(grad_states, carry, grad_projected, grad_reset)
     _run(kernel, pointers, resets, mask, projected, batch, width, batch_first)
-    return grad_projected, carry, grad_reset
+    return out
 
 
 def _pointers(*tensors: Tensor | None) -> tuple[int, ...]:

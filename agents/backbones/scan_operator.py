@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minrl.agents.backbones import scan_cpu, scan_torch
+from minrl.agents.backbones.operators import define_operator, refuse_gradient
 from minrl.agents.backbones.scan_torch import PARTS
 
 Gradients = tuple[Tensor | None, ...]
@@ -47,7 +48,7 @@ def _forward(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return all states, the last one, and what the backward pass needs besides (on CUDA)."""
-    projected, initial_state, resets, reset_state, mask = _contiguous(
+    projected, initial_state, resets, reset_state, mask = contiguous(
         projected, initial_state, resets, reset_state, mask
     )
     options = (gates, activation, batch_first)
@@ -58,7 +59,7 @@ def _forward(
     batch, _, width = sizes_of(projected, gates, batch_first)
     dtype = torch.promote_types(projected.dtype, torch.float32)
     zeros = projected.new_zeros(batch, width, dtype=dtype)
-    states, last = _backend(projected, gates, activation).scan_forward(
+    states, last = backend_of(projected, gates, activation).scan_forward(
         projected,
         zeros if initial_state is None else initial_state,
         resets,
@@ -83,10 +84,8 @@ def _backward(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by ``projected``, ``initial_state`` and ``reset_state`` (B, H)."""
-    grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask = (
-        _contiguous(
-            grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask
-        )
+    grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask = contiguous(
+        grad_states, grad_last, projected, saved, initial_state, resets, reset_state, mask
     )
     grads, options = (grad_states, grad_last), (gates, activation, batch_first)
     if _on_triton(projected):
@@ -96,7 +95,7 @@ def _backward(
             *grads, projected, saved, initial_state, resets, reset_state, mask, *options
         )
     zeros = torch.zeros_like(grad_last)
-    return _backend(projected, gates, activation).scan_backward(
+    return backend_of(projected, gates, activation).scan_backward(
         *grads,
         projected,
         saved,
@@ -108,11 +107,13 @@ def _backward(
     )
 
 
-def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    """Return the tensors for who sees pointers alone."""
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
-def _backend(projected: Tensor, gates: str, activation: str) -> ModuleType:
+def backend_of(projected: Tensor, gates: str, activation: str) -> ModuleType:
+    """Return the module that does it, anywhere but in Triton."""
     on_cpu = projected.device.type == "cpu"
     native = on_cpu and scan_cpu.is_available(projected.dtype, gates, activation)
     return scan_cpu if native else scan_torch
@@ -178,31 +179,20 @@ def _differentiate(ctx, grad_states: Tensor, grad_last: Tensor, _) -> Gradients:
     return grads[0], by_initial, None, by_reset, None, None, None, None
 
 
-def _refuse(_ctx, *_grads) -> Gradients:
-    raise RuntimeError("gated_scan cannot be differentiated twice")
-
-
-# Defined by hand: torch.library.custom_op imports the compiler, two seconds, at the first call.
-_LIBRARY = torch.library.Library("minrl", "DEF")
-_FLAGS = "Tensor? resets, Tensor? reset_state, Tensor? mask"
+_FLAGS = "Tensor? initial_state, Tensor? resets, Tensor? reset_state, Tensor? mask"
 _OPTIONS = "str gates, str activation, bool batch_first"
-for _name, _inputs, _compute, _shapes in (
-    ("gated_scan", "Tensor projected", _forward, _forward_shapes),
-    (
-        "gated_scan_backward",
-        "Tensor grad_states, Tensor grad_last, Tensor projected, Tensor saved",
-        _backward,
-        _backward_shapes,
-    ),
-):
-    _LIBRARY.define(
-        f"{_name}({_inputs}, Tensor? initial_state, {_FLAGS}, {_OPTIONS})"
-        " -> (Tensor, Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-    )
-    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"minrl::{_name}", _shapes, lib=_LIBRARY)
-torch.library.register_autograd(
-    "minrl::gated_scan", _differentiate, setup_context=_save, lib=_LIBRARY
+_RESULTS = "(Tensor, Tensor, Tensor)"
+define_operator(
+    f"gated_scan(Tensor projected, {_FLAGS}, {_OPTIONS}) -> {_RESULTS}",
+    _forward,
+    _forward_shapes,
+    _differentiate,
+    _save,
 )
-torch.library.register_autograd("minrl::gated_scan_backward", _refuse, lib=_LIBRARY)
+define_operator(
+    "gated_scan_backward(Tensor grad_states, Tensor grad_last, Tensor projected, Tensor saved, "
+    f"{_FLAGS}, {_OPTIONS}) -> {_RESULTS}",
+    _backward,
+    _backward_shapes,
+    refuse_gradient,
+)

@@ -51,6 +51,7 @@ def scan_forward(
     gates: str,
     activation: str,
     batch_first: bool,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the states after every step, in the layout of ``projected``, and the last, (B, H).
 
@@ -63,6 +64,7 @@ def scan_forward(
         gates: A key of ``PARTS``.
         activation: A key of ``CANDIDATES``.
         batch_first: See ``projected``.
+        out: Where to write both, contiguous; the second may be ``initial_state`` itself.
     """
     time = 1 if batch_first else 0
     parts = _parts(projected, initial_state, gates)
@@ -76,7 +78,10 @@ def scan_forward(
         frozen = ~mask.unsqueeze(-1)
         entering, leave = entering.masked_fill(frozen, 0.0), leave.masked_fill(frozen, 0.0)
     states = _recur(entering, leave, initial_state, time, starts)
-    return states.to(projected.dtype), states.select(time, -1).clone()
+    results = states.to(projected.dtype), states.select(time, -1)
+    if out is None:
+        return results[0], results[1].clone()
+    return tuple(place.copy_(result) for place, result in zip(out, results, strict=True))
 
 
 def scan_backward(
@@ -91,10 +96,13 @@ def scan_backward(
     gates: str,
     activation: str,
     batch_first: bool,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by ``projected``, ``initial_state`` and ``reset_state`` (a row each).
 
     With G_t the gradient by the state after step t, G_{t-1} = dL/dh_{t-1} + (1 - leave_t) G_t.
+    Arguments as above, but ``out`` is where to write the first two, contiguous, of which the second
+    may be ``grad_last`` itself, and what to add the third to.
     """
     time = 1 if batch_first else 0
     parts = _parts(projected, initial_state, gates)
@@ -127,7 +135,10 @@ def scan_backward(
     grad_projected = torch.cat(grads, dim=-1)
     if mask is not None:
         grad_projected = grad_projected.masked_fill(~mask.unsqueeze(-1), 0.0)
-    return grad_projected.to(projected.dtype), grad_initial, grad_reset
+    grad_projected = grad_projected.to(projected.dtype)
+    if out is None:
+        return grad_projected, grad_initial, grad_reset
+    return out[0].copy_(grad_projected), out[1].copy_(grad_initial), out[2].add_(grad_reset)
 
 
 def _parts(projected: Tensor, state: Tensor, gates: str) -> tuple[Tensor, ...]:
