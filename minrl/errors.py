@@ -30,3 +30,7 @@ class TrainingError(MinrlError, RuntimeError):
 
 class ExportError(MinrlError, RuntimeError):
     """An agent cannot be exported: a library is missing, or the file acts differently."""
+
+
+class AdapterError(MinrlError, ImportError):
+    """A library that an adapter plugs into is missing, or has another interface."""

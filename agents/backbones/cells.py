@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from minrl.agents.backbones.layer import gated_layer
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
+Pair = tuple[Tensor, Tensor]
+
 
 class _MinimalRNN(nn.Module):
     """What the two cells share: everything but the gates of one layer."""
@@ -85,8 +87,9 @@ class _MinimalRNN(nn.Module):
         """Show the arguments that differ from their defaults, as ``nn.GRU`` does."""
         shown = [f"{self.input_size}, {self.hidden_size}"]
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
-        for name, default in {**defaults, "candidate": "g"}.items():
-            if getattr(self, name) != default:
+        defaults |= {"candidate": "g", "normalize": True, "return_cell": False}
+        for name, default in defaults.items():
+            if getattr(self, name, default) != default:
                 shown.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(shown)
 
@@ -134,6 +137,11 @@ class _MinimalRNN(nn.Module):
         Raises:
             RuntimeError: If a shape does not fit, in the words of ``nn.GRU``.
         """
+        if isinstance(hx, tuple):
+            raise TypeError(
+                f"{type(self).__name__} has one state, not (h, c); where a caller insists on two, "
+                "use MinLSTM(..., return_cell=True)"
+            )
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, resets, mask)
         if input.dim() not in (2, 3):
@@ -184,7 +192,7 @@ class _MinimalRNN(nn.Module):
                 "input.size(-1) must be equal to input_size. "
                 f"Expected {self.input_size}, got {features}"
             )
-        first = self.initial_state(batch) if hx is None else hx
+        first = _MinimalRNN.initial_state(self, batch) if hx is None else hx  # never a pair
         if first.shape != (self.num_layers, batch, self.hidden_size):
             expected = (self.num_layers, batch, self.hidden_size)
             raise RuntimeError(f"Expected hidden size {expected}, got {list(first.shape)}")
@@ -273,14 +281,57 @@ class MinLSTM(_MinimalRNN):
         normalize: The paper's equations if True; the configuration its code was released with,
             where f + i is not 1 and the state can grow, if False.
         forget_bias: Added to the forget gate's bias at the start; 3 in the released code.
+        return_cell: Whether states are pairs (h, c) wherever they are taken and returned, for code
+            written for ``nn.LSTM``. Both are the one state there is; the c that is passed in is not
+            looked at.
         candidate: As in :class:`MinGRU`.
         learn_initial_state: As in :class:`MinGRU`.
     """
 
-    def __init__(self, *args, normalize: bool = True, forget_bias: float = 3.0, **kwargs):
-        self.normalize, self.forget_bias = normalize, forget_bias
+    def __init__(
+        self,
+        *args,
+        normalize: bool = True,
+        forget_bias: float = 3.0,
+        return_cell: bool = False,
+        **kwargs,
+    ):
+        self.normalize, self.forget_bias, self.return_cell = normalize, forget_bias, return_cell
         self.gates = "minlstm" if normalize else "minlstm_unnormalised"
         super().__init__(*args, **kwargs)
+
+    def initial_state(self, *args, **kwargs) -> Tensor | Pair:
+        """Return the state before a sequence starts; see :meth:`MinGRU.initial_state`."""
+        return self._paired(super().initial_state(*args, **kwargs))
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | Pair | None = None,
+        *,
+        resets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor | Pair]:
+        """Run whole sequences in parallel; see :meth:`MinGRU.forward`."""
+        output, h_n = super().forward(input, self._single(hx), resets=resets, mask=mask)
+        return output, self._paired(h_n)
+
+    def step(
+        self, x: Tensor, h: Tensor | Pair | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | Pair]:
+        """Advance one step; see :meth:`MinGRU.step`."""
+        output, h = super().step(x, self._single(h), reset)
+        return output, self._paired(h)
+
+    def _single(self, state: Tensor | Pair | None) -> Tensor | None:
+        if state is None or not self.return_cell:
+            return state
+        if isinstance(state, Tensor) or len(state) != 2:
+            raise TypeError("with return_cell=True a state is a pair (h, c)")
+        return state[0]
+
+    def _paired(self, state: Tensor) -> Tensor | Pair:
+        return (state, state) if self.return_cell else state
 
     def reset_parameters(self) -> None:
         """Draw the weights, then add ``forget_bias`` to the forget gate's bias."""
