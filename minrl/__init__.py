@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "Backbone": "minrl.agents.backbones.blocks",
     "MinGRU": "minrl.agents.backbones.cells",
     "MinLSTM": "minrl.agents.backbones.cells",
     "TrajectoryModel": "minrl.agents.trajectory",
@@ -23,6 +24,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Backbone",
     "DecisionAgent",
     "MinGRU",
     "MinLSTM",
@@ -35,6 +37,7 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from minrl.agents.backbones.blocks import Backbone
     from minrl.agents.backbones.cells import MinGRU, MinLSTM
     from minrl.agents.decision_agent import DecisionAgent
     from minrl.agents.trajectory import TrajectoryModel

@@ -190,6 +190,9 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """A stack of residual blocks with one explicit state: the drop-in for other people's models.
 
+    Called as the cells are, but for the state, which is a tuple that nobody has to look into:
+    ``reset_state`` starts sequences anew in it.
+
     Args:
         width: D, features in and out.
         num_layers: Blocks.
@@ -198,6 +201,7 @@ class Backbone(nn.Module):
         mlp_ratio: See :class:`Block`.
         dropout: See :class:`Block`.
         convolution: See :class:`Block`.
+        batch_first: Whether input and output are (B, T, D) rather than (T, B, D).
         **options: Passed to the cell.
     """
 
@@ -207,6 +211,7 @@ class Backbone(nn.Module):
         num_layers: int = 3,
         backbone: str = "mingru",
         *,
+        batch_first: bool = True,
         expansion: int = 1,
         mlp_ratio: int = 4,
         dropout: float = 0.0,
@@ -214,6 +219,8 @@ class Backbone(nn.Module):
         **options,
     ):
         super().__init__()
+        self.input_size = self.hidden_size = width
+        self.num_layers, self.batch_first = num_layers, batch_first
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -246,20 +253,53 @@ class Backbone(nn.Module):
         mask: Tensor | None = None,
         outputs: slice = ALL,
     ) -> tuple[Tensor, State]:
-        """Run (B, T, D) sequences in parallel.
+        """Run sequences in parallel.
 
         Args:
-            x: (B, T, D).
+            x: (B, T, D), or (T, B, D) if not ``batch_first``, or unbatched (T, D).
             state: From the call before; the initial state if not given.
-            resets: (B, T) bool, True where a new sequence starts at that step.
-            mask: (B, T) bool, False where a step is not valid and must leave no trace in the
+            resets: bool, shaped like x without D, True where a new sequence starts at that step.
+            mask: bool, likewise, False where a step is not valid and must leave no trace in the
                 state; the output there is meaningless.
             outputs: Which steps' outputs are returned; for others the last block is not computed
                 beyond its state.
 
         Returns:
-            The output (B, T, D), of these steps, and the state after the last valid step.
+            The output of these steps, shaped like x, and the state after the last valid step.
+
+        Raises:
+            ValueError: If x has another number of axes, or of features.
         """
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"Backbone: Expected input of (B, T, {self.input_size}), got {tuple(x.shape)}"
+            )
+        if x.dim() == 2:
+            x, resets, mask = (y if y is None else y.unsqueeze(0) for y in (x, resets, mask))
+            y, state = self._run(x, state, resets, mask, outputs)
+            return y.squeeze(0), state
+        if self.batch_first:
+            return self._run(x, state, resets, mask, outputs)
+        x, resets, mask = (y if y is None else y.transpose(0, 1) for y in (x, resets, mask))
+        y, state = self._run(x, state, resets, mask, outputs)
+        return y.transpose(0, 1), state
+
+    def step(
+        self, x: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Advance one step, ``forward`` with T = 1: x (B, D), reset (B,) bool."""
+        resets = None if reset is None else reset.unsqueeze(1)
+        y, state = self._run(x.unsqueeze(1), state, resets, None, ALL)
+        return y.squeeze(1), state
+
+    def _run(
+        self,
+        x: Tensor,
+        state: State | None,
+        resets: Tensor | None,
+        mask: Tensor | None,
+        outputs: slice,
+    ) -> tuple[Tensor, State]:
         if state is None:
             state = self.initial_state(x.shape[0])
         if mask is not None:
@@ -272,11 +312,3 @@ class Backbone(nn.Module):
             x, block_state = block(x, before, resets=resets, mask=mask, outputs=wanted)
             after += block_state
         return x, after
-
-    def step(
-        self, x: Tensor, state: State | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Advance one step, ``forward`` with T = 1: x (B, D), reset (B,) bool."""
-        resets = None if reset is None else reset.unsqueeze(1)
-        y, state = self(x.unsqueeze(1), state, resets=resets)
-        return y.squeeze(1), state

@@ -5,6 +5,7 @@ is one parallel pass ("Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from minrl.agents.backbones.layer import gated_layer
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
-Pair = tuple[Tensor, Tensor]
+State = Tensor | tuple[Tensor, Tensor]  # a pair (h, c) if there is ``return_cell``
 
 
 class _MinimalRNN(nn.Module):
     """What the two cells share: everything but the gates of one layer."""
 
     gates: str
+    return_cell = False
 
     def __init__(
         self,
@@ -43,14 +45,25 @@ class _MinimalRNN(nn.Module):
             raise ValueError(f"{type(self).__name__} acts online, step by step: no {name}")
         if candidate not in CANDIDATES:
             raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, size in sizes.items():
+        for name, size in (
+            ("input_size", input_size),
+            ("hidden_size", hidden_size),
+            ("num_layers", num_layers),
+        ):
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
             if size <= 0:
                 raise ValueError(f"{name} must be greater than zero")
-        if not 0 <= dropout <= 1:
+        if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an "
                 "element being zeroed"
+            )
+        if dropout and num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero "
+                f"dropout expects num_layers greater than 1, but got {dropout=} and {num_layers=}",
+                stacklevel=2,
             )
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
@@ -93,33 +106,32 @@ class _MinimalRNN(nn.Module):
                 shown.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(shown)
 
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The weight of every layer and, if there is one, its bias."""
+        names = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
+        return [
+            [getattr(self, f"{name}_l{layer}") for name in names]
+            for layer in range(self.num_layers)
+        ]
+
     def initial_state(
         self,
         batch_size: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    ) -> State:
         """Return the state before a sequence starts, (num_layers, B, H): learned, else zeros."""
-        weight = self.weight_ih_l0
-        if self.bias_h0 is not None:
-            state = self.bias_h0.unsqueeze(1).expand(-1, batch_size, -1)
-            return state.to(device=device or weight.device, dtype=dtype or _state_type(weight))
-        return torch.zeros(
-            self.num_layers,
-            batch_size,
-            self.hidden_size,
-            device=device or weight.device,
-            dtype=dtype or _state_type(weight),
-        )
+        return self._paired(self._first_state(batch_size, device, dtype))
 
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
+        hx: State | None = None,
         *,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    ) -> tuple[Tensor | PackedSequence, State]:
         """Run whole sequences in parallel.
 
         Args:
@@ -135,35 +147,37 @@ class _MinimalRNN(nn.Module):
             (num_layers, B, H), in float32 or wider so that a split sequence loses nothing.
 
         Raises:
-            RuntimeError: If a shape does not fit, in the words of ``nn.GRU``.
+            RuntimeError, ValueError: If a shape or type does not fit, in the words of ``nn.GRU``
+                (of ``nn.LSTM`` for a pair).
+            TypeError: If a pair (h, c) is passed where there is one state, or the other way round.
         """
-        if isinstance(hx, tuple):
-            raise TypeError(
-                f"{type(self).__name__} has one state, not (h, c); where a caller insists on two, "
-                "use MinLSTM(..., return_cell=True)"
-            )
+        hx = self._single(hx)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, resets, mask)
+            output, h_n = self._forward_packed(input, hx, resets, mask)
+            return output, self._paired(h_n)
         if input.dim() not in (2, 3):
             raise ValueError(
                 f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
             )
-        batched = input.dim() == 3
         if hx is not None and hx.dim() != input.dim():
-            kind, wanted = ("batched 3-D", "3-D") if batched else ("unbatched 2-D", "2-D")
+            kind, wanted = ("batched", 3) if input.dim() == 3 else ("unbatched", 2)
+            names, got = "hx", f"{hx.dim()}-D tensor"
+            if self.return_cell:
+                names, got = "hx and cx", f"({hx.dim()}-D, {hx.dim()}-D) tensors"
             raise RuntimeError(
-                f"For {kind} input, hx should also be {wanted} but got {hx.dim()}-D tensor"
+                f"For {kind} {wanted}-D input, {names} should also be {wanted}-D but got {got}"
             )
-        if batched:
-            return self._run(input, hx, resets, mask, self.batch_first)
+        if input.dim() == 3:
+            output, h_n = self._run(input, hx, resets, mask, self.batch_first)
+            return output, self._paired(h_n)
         input, hx = input.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
         resets, mask = (None if flag is None else flag.unsqueeze(1) for flag in (resets, mask))
         output, h_n = self._run(input, hx, resets, mask, batch_first=False)
-        return output.squeeze(1), h_n.squeeze(1)
+        return output.squeeze(1), self._paired(h_n.squeeze(1))
 
     def step(
-        self, x: Tensor, h: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, h: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Advance one step: ``forward`` with T = 1.
 
         Args:
@@ -175,8 +189,33 @@ class _MinimalRNN(nn.Module):
             The output (B, H) and the new state (num_layers, B, H).
         """
         flags = None if reset is None else reset.unsqueeze(1)
-        output, h = self._run(x.unsqueeze(1), h, flags, None, batch_first=True)
-        return output.squeeze(1), h
+        output, h = self._run(x.unsqueeze(1), self._single(h), flags, None, batch_first=True)
+        return output.squeeze(1), self._paired(h)
+
+    def _single(self, state: State | None) -> Tensor | None:
+        if isinstance(state, tuple) != self.return_cell and state is not None:
+            raise TypeError(
+                "with return_cell=True a state is a pair (h, c)"
+                if self.return_cell
+                else f"{type(self).__name__} has one state, not (h, c); where a caller insists on "
+                "two, use MinLSTM(..., return_cell=True)"
+            )
+        return state[0] if self.return_cell and state is not None else state
+
+    def _paired(self, state: Tensor) -> State:
+        return (state, state) if self.return_cell else state
+
+    def _first_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        weight = self.weight_ih_l0
+        where = {"device": device or weight.device, "dtype": dtype or _state_type(weight)}
+        if self.bias_h0 is not None:
+            return self.bias_h0.unsqueeze(1).expand(-1, batch_size, -1).to(**where)
+        return torch.zeros(self.num_layers, batch_size, self.hidden_size, **where)
 
     def _run(
         self,
@@ -192,10 +231,17 @@ class _MinimalRNN(nn.Module):
                 "input.size(-1) must be equal to input_size. "
                 f"Expected {self.input_size}, got {features}"
             )
-        first = _MinimalRNN.initial_state(self, batch) if hx is None else hx  # never a pair
-        if first.shape != (self.num_layers, batch, self.hidden_size):
-            expected = (self.num_layers, batch, self.hidden_size)
-            raise RuntimeError(f"Expected hidden size {expected}, got {list(first.shape)}")
+        dtype = self.weight_ih_l0.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({x.dtype})"
+            )
+        first = self._first_state(batch) if hx is None else hx
+        expected = (self.num_layers, batch, self.hidden_size)
+        if first.shape != expected:
+            name = "hidden[0]" if self.return_cell else "hidden"
+            raise RuntimeError(f"Expected {name} size {expected}, got {list(first.shape)}")
         if mask is not None:  # not a product: 0 * NaN is NaN in the backward pass
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         last = []
@@ -299,39 +345,6 @@ class MinLSTM(_MinimalRNN):
         self.normalize, self.forget_bias, self.return_cell = normalize, forget_bias, return_cell
         self.gates = "minlstm" if normalize else "minlstm_unnormalised"
         super().__init__(*args, **kwargs)
-
-    def initial_state(self, *args, **kwargs) -> Tensor | Pair:
-        """Return the state before a sequence starts; see :meth:`MinGRU.initial_state`."""
-        return self._paired(super().initial_state(*args, **kwargs))
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | Pair | None = None,
-        *,
-        resets: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor | Pair]:
-        """Run whole sequences in parallel; see :meth:`MinGRU.forward`."""
-        output, h_n = super().forward(input, self._single(hx), resets=resets, mask=mask)
-        return output, self._paired(h_n)
-
-    def step(
-        self, x: Tensor, h: Tensor | Pair | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | Pair]:
-        """Advance one step; see :meth:`MinGRU.step`."""
-        output, h = super().step(x, self._single(h), reset)
-        return output, self._paired(h)
-
-    def _single(self, state: Tensor | Pair | None) -> Tensor | None:
-        if state is None or not self.return_cell:
-            return state
-        if isinstance(state, Tensor) or len(state) != 2:
-            raise TypeError("with return_cell=True a state is a pair (h, c)")
-        return state[0]
-
-    def _paired(self, state: Tensor) -> Tensor | Pair:
-        return (state, state) if self.return_cell else state
 
     def reset_parameters(self) -> None:
         """Draw the weights, then add ``forget_bias`` to the forget gate's bias."""

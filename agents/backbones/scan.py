@@ -72,7 +72,7 @@ def gated_scan(
         reset_state = reset_state.to(dtype).expand(batch, width)
     if batch == 0:
         states = projected[..., :width]
-        return states, states.new_zeros(0, width, dtype=dtype)
+        return states, states.select(1 if batch_first else 0, -1).to(dtype)
     if length == 1 or (length <= EXPORTED_STEPS and torch.compiler.is_exporting()):
         time, states, state = (1 if batch_first else 0), [], initial_state
         for t in range(length):

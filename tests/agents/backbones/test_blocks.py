@@ -155,3 +155,29 @@ def test_one_step_changes_every_parameter(kind):
         name for name, value in backbone.named_parameters() if (value == before[name]).all()
     ]
     assert unchanged == []
+
+
+@every_backbone
+def test_other_layouts_are_the_same_sequences(kind):
+    backbone = make(kind)
+    x, resets, mask = make_inputs()
+    expected, last = backbone(x, resets=resets, mask=mask)
+    alone, _ = backbone(x[0], resets=resets[0], mask=mask[0])
+    torch.testing.assert_close(alone, expected[0])
+    backbone.batch_first = False
+    moved = (y.transpose(0, 1) for y in (x, resets, mask))
+    output, state = backbone(next(moved), resets=next(moved), mask=next(moved))
+    torch.testing.assert_close(output.transpose(0, 1), expected)
+    torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, WIDTH + 1), (WIDTH,), (1, 3, 24, WIDTH)])
+def test_an_input_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=f"Expected input of .B, T, {WIDTH}."):
+        Backbone(WIDTH)(torch.zeros(shape))
+
+
+def test_a_backbone_says_what_wrappers_ask_a_recurrent_layer():
+    backbone = Backbone(WIDTH, 2)
+    assert (backbone.input_size, backbone.hidden_size, backbone.num_layers) == (WIDTH, WIDTH, 2)
+    assert backbone.batch_first

@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -94,44 +92,6 @@ def test_packed_equals_padded(make):
         torch.testing.assert_close(h_n[:, index], last)
 
 
-@both
-def test_shapes_and_layout_are_those_of_nn_gru(make):
-    ours, theirs = make(3, 5, 2), nn.GRU(3, 5, 2)
-    for shape, state in (((7, 4, 3), (2, 4, 5)), ((7, 3), (2, 5))):
-        x, hx = torch.randn(shape), torch.randn(state)
-        got, expected = ours(x, hx), theirs(x, hx)
-        assert [y.shape for y in got] == [y.shape for y in expected]
-    for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"):
-        assert getattr(ours, name) == getattr(theirs, name)
-    assert all(name.startswith(("weight_", "bias_")) for name in ours.state_dict())
-
-
-MISTAKES = {
-    "features": lambda make: make(3, 5)(torch.randn(7, 4, 2)),
-    "state": lambda make: make(3, 5)(torch.randn(7, 4, 3), torch.randn(1, 2, 5)),
-    "state-unbatched": lambda make: make(3, 5)(torch.randn(7, 4, 3), torch.randn(1, 5)),
-    "state-batched": lambda make: make(3, 5)(torch.randn(7, 3), torch.randn(1, 4, 5)),
-    "hidden_size": lambda make: make(3, 0),
-}
-
-
-@both
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_read_as_those_with_nn_gru(make, mistake):
-    with pytest.raises((RuntimeError, ValueError)) as theirs:
-        MISTAKES[mistake](nn.GRU)
-    with pytest.raises(theirs.type) as ours:
-        MISTAKES[mistake](make)
-    assert str(ours.value) == str(theirs.value)
-
-
-@both
-@pytest.mark.parametrize("argument", [{"bidirectional": True}, {"proj_size": 2}])
-def test_what_has_no_meaning_is_refused_by_name(make, argument):
-    with pytest.raises(ValueError, match=next(iter(argument))):
-        make(3, 5, **argument)
-
-
 def test_forget_bias_is_in_the_forget_rows_only():
     torch.manual_seed(0)
     with_bias = MinLSTM(3, 5, 2, forget_bias=3.0)
@@ -143,16 +103,6 @@ def test_forget_bias_is_in_the_forget_rows_only():
             torch.testing.assert_close(difference, torch.tensor([3.0] * 5 + [0.0] * 10))
         else:
             assert (difference == 0).all()
-
-
-@both
-def test_copies_and_state_dicts_act_the_same(make):
-    cell, x = make(3, 5, 2), torch.randn(7, 4, 3)
-    other = make(3, 5, 2)
-    other.load_state_dict(cell.state_dict())
-    expected = cell(x)[0]
-    assert torch.equal(copy.deepcopy(cell)(x)[0], expected)
-    assert torch.equal(other(x)[0], expected)
 
 
 def test_half_precision_keeps_the_state_in_float32():
