@@ -53,8 +53,13 @@ def test_every_module_of_the_wheel_can_be_imported(wheel, tmp_path):
     program = (
         "import importlib, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
+        "from minrl.errors import AdapterError\n"
         "for name in sys.argv[2:]:\n"
-        "    module = importlib.import_module(name)\n"
+        "    try:\n"
+        "        module = importlib.import_module(name)\n"
+        "    except AdapterError as error:\n"  # its library need not be here
+        "        assert 'is not installed' in str(error) and '.adapters.' in name\n"
+        "        continue\n"
         "    assert module.__file__.startswith(sys.argv[1]), module.__file__\n"
     )
     done = subprocess.run(

@@ -1,0 +1,37 @@
+import importlib
+
+import pytest
+
+from minrl.agents.adapters.libraries import interface_of
+from minrl.errors import AdapterError
+
+
+def test_a_missing_library_is_named_with_what_installs_it():
+    with pytest.raises(AdapterError, match=r'pip install "minrl\[nothing\]"'):
+        with interface_of("no-such-library", extra="nothing", known="1"):
+            importlib.import_module("no_such_library")
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda: importlib.import_module("torch.no_such_module"),
+        lambda: importlib.import_module("torch").no_such_function,
+        lambda: importlib.import_module("torch").zeros(1, no_such_argument=True),
+    ],
+    ids=["module", "attribute", "argument"],
+)
+def test_another_interface_is_reported_with_its_version_and_those_that_work(look):
+    import torch
+
+    with pytest.raises(AdapterError) as caught:
+        with interface_of("torch", extra="torch", known="0.1 to 0.3"):
+            look()
+    assert torch.__version__.partition("+")[0] in str(caught.value)
+    assert "0.1 to 0.3" in str(caught.value)
+
+
+def test_other_errors_pass():
+    with pytest.raises(ZeroDivisionError):
+        with interface_of("torch", extra="torch", known="1"):
+            _ = 1 / 0
