@@ -7,9 +7,10 @@ from minrl.errors import AdapterError
 
 
 def test_a_missing_library_is_named_with_what_installs_it():
-    with pytest.raises(AdapterError, match=r'pip install "minrl\[nothing\]"'):
-        with interface_of("no-such-library", extra="nothing", known="1"):
-            importlib.import_module("no_such_library")
+    what_to_do = r'pip install "minrl\[nothing\]"'
+    missing = interface_of("no-such-library", extra="nothing", known="1")
+    with pytest.raises(AdapterError, match=what_to_do), missing:
+        importlib.import_module("no_such_library")
 
 
 @pytest.mark.parametrize(
@@ -24,14 +25,13 @@ def test_a_missing_library_is_named_with_what_installs_it():
 def test_another_interface_is_reported_with_its_version_and_those_that_work(look):
     import torch
 
-    with pytest.raises(AdapterError) as caught:
-        with interface_of("torch", extra="torch", known="0.1 to 0.3"):
-            look()
+    known = interface_of("torch", extra="torch", known="0.1 to 0.3")
+    with pytest.raises(AdapterError) as caught, known:
+        look()
     assert torch.__version__.partition("+")[0] in str(caught.value)
     assert "0.1 to 0.3" in str(caught.value)
 
 
 def test_other_errors_pass():
-    with pytest.raises(ZeroDivisionError):
-        with interface_of("torch", extra="torch", known="1"):
-            _ = 1 / 0
+    with pytest.raises(ZeroDivisionError), interface_of("torch", extra="torch", known="1"):
+        _ = 1 / 0
