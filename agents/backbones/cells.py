@@ -38,6 +38,7 @@ class _MinimalRNN(nn.Module):
         *,
         candidate: str = "g",
         learn_initial_state: bool = False,
+        memory: float | None = None,
     ):
         super().__init__()
         if bidirectional or proj_size:
@@ -45,30 +46,13 @@ class _MinimalRNN(nn.Module):
             raise ValueError(f"{type(self).__name__} acts online, step by step: no {name}")
         if candidate not in CANDIDATES:
             raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
-        for name, size in (
-            ("input_size", input_size),
-            ("hidden_size", hidden_size),
-            ("num_layers", num_layers),
-        ):
-            if not isinstance(size, int):
-                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero")
-        if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
-            raise ValueError(
-                "dropout should be a number in range [0, 1] representing the probability of an "
-                "element being zeroed"
-            )
-        if dropout and num_layers == 1:
-            warnings.warn(
-                "dropout option adds dropout after all but last recurrent layer, so non-zero "
-                f"dropout expects num_layers greater than 1, but got {dropout=} and {num_layers=}",
-                stacklevel=2,
-            )
+        if memory is not None and (memory < 2 or not bias):
+            raise ValueError(f"memory needs two steps at least, and a bias, not {memory=}, {bias=}")
+        _check_as_nn_gru_does(input_size, hidden_size, num_layers, dropout)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = False, 0
-        self.candidate = candidate
+        self.candidate, self.memory = candidate, memory
         options = {"device": device, "dtype": dtype}
         rows = PARTS[self.gates] * hidden_size
         for layer in range(num_layers):
@@ -89,9 +73,20 @@ class _MinimalRNN(nn.Module):
             bound = 1 / math.sqrt(weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
             if self.bias:
-                nn.init.uniform_(getattr(self, f"bias_ih_l{layer}"), -bound, bound)
+                bias = getattr(self, f"bias_ih_l{layer}")
+                nn.init.uniform_(bias, -bound, bound)
+                with torch.no_grad():
+                    self._bias_gates(bias.view(-1, self.hidden_size))
         if self.bias_h0 is not None:
             nn.init.zeros_(self.bias_h0)
+
+    def _bias_gates(self, bias: Tensor) -> None:
+        """Set what the gates, rows of ``bias`` (G, H), begin with; none of the gates by default."""
+
+    def _logit_of_memory(self) -> Tensor:
+        """Return what opens a gate to 1 - 1/T, T from 2 to ``memory`` over the channels, (H,)."""
+        steps = torch.logspace(1, math.log2(self.memory), self.hidden_size, 2)
+        return (steps - 1).log()
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""
@@ -100,7 +95,7 @@ class _MinimalRNN(nn.Module):
         """Show the arguments that differ from their defaults, as ``nn.GRU`` does."""
         shown = [f"{self.input_size}, {self.hidden_size}"]
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
-        defaults |= {"candidate": "g", "normalize": True, "return_cell": False}
+        defaults |= {"candidate": "g", "normalize": True, "return_cell": False, "memory": None}
         for name, default in defaults.items():
             if getattr(self, name, default) != default:
                 shown.append(f"{name}={getattr(self, name)!r}")
@@ -302,9 +297,17 @@ class MinGRU(_MinimalRNN):
         candidate: "g" keeps the state positive (the paper's), "identity" or "tanh"
             (tanh: GILR, Martin & Cundy, arXiv 1709.04057).
         learn_initial_state: Whether the state before a sequence is a parameter rather than zero.
+        memory: Steps that the last channel remembers at the start, the others fewer, down to two,
+            evenly in the logarithm. Without it gates begin half open, all memories end after a few
+            steps, and what lies further back has no gradient to learn from (chrono initialisation,
+            Tallec & Ollivier, arXiv 1804.11188).
     """
 
     gates = "mingru"
+
+    def _bias_gates(self, bias: Tensor) -> None:
+        if self.memory is not None:
+            bias[0] = -self._logit_of_memory()
 
 
 class MinLSTM(_MinimalRNN):
@@ -326,12 +329,14 @@ class MinLSTM(_MinimalRNN):
         dtype: Likewise.
         normalize: The paper's equations if True; the configuration its code was released with,
             where f + i is not 1 and the state can grow, if False.
-        forget_bias: Added to the forget gate's bias at the start; 3 in the released code.
+        forget_bias: Added to the forget gate's bias at the start; 3 in the released code. Not where
+            ``memory`` says what the gates begin with.
         return_cell: Whether states are pairs (h, c) wherever they are taken and returned, for code
             written for ``nn.LSTM``. Both are the one state there is; the c that is passed in is not
             looked at.
         candidate: As in :class:`MinGRU`.
         learn_initial_state: As in :class:`MinGRU`.
+        memory: As in :class:`MinGRU`.
     """
 
     def __init__(
@@ -346,14 +351,32 @@ class MinLSTM(_MinimalRNN):
         self.gates = "minlstm" if normalize else "minlstm_unnormalised"
         super().__init__(*args, **kwargs)
 
-    def reset_parameters(self) -> None:
-        """Draw the weights, then add ``forget_bias`` to the forget gate's bias."""
-        super().reset_parameters()
-        if self.bias:
-            with torch.no_grad():
-                for layer in range(self.num_layers):
-                    bias = getattr(self, f"bias_ih_l{layer}")
-                    bias[: self.hidden_size] += self.forget_bias
+    def _bias_gates(self, bias: Tensor) -> None:
+        if self.memory is None:
+            bias[0] += self.forget_bias
+        else:
+            bias[0] = self._logit_of_memory()
+            bias[1] = -bias[0]
+
+
+def _check_as_nn_gru_does(input_size: int, hidden_size: int, num_layers: int, dropout: float):
+    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+    if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an "
+            "element being zeroed"
+        )
+    if dropout and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last recurrent layer, so non-zero "
+            f"dropout expects num_layers greater than 1, but got {dropout=} and {num_layers=}",
+            stacklevel=4,
+        )
 
 
 def _state_type(weight: Tensor) -> torch.dtype:

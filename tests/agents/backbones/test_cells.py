@@ -183,3 +183,22 @@ def test_autocast_trains_with_a_float32_state(make):
     assert h_n.dtype is torch.float32
     for got, right in zip([output, h_n, *gradients], expected, strict=True):
         assert (got - right).norm() / right.norm() < 0.05
+
+
+@both
+def test_memory_spreads_what_the_channels_remember(make):
+    """With no input, an impulse in the state decays by 1 - 1/T a step, T from 2 to ``memory``."""
+    cell = make(3, 6, candidate="identity", memory=200)
+    with torch.no_grad():
+        cell.bias_ih_l0[-6:] = 0  # nothing enters
+    output, _ = cell(torch.zeros(40, 3), torch.ones(1, 6))
+    steps = torch.tensor([200.0]) ** torch.linspace(0, 1, 6) * 2 ** torch.linspace(1, 0, 6)
+    torch.testing.assert_close(output[0], 1 - 1 / steps)
+    torch.testing.assert_close(output[39], (1 - 1 / steps) ** 40, rtol=1e-4, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("wrong", [{"memory": 1}, {"memory": 100, "bias": False}], ids=str)
+def test_memory_that_cannot_be_is_refused(make, wrong):
+    with pytest.raises(ValueError, match="memory needs two steps"):
+        make(3, 5, **wrong)
