@@ -8,12 +8,12 @@ from minrl.errors import AdapterError
 
 
 @contextlib.contextmanager
-def interface_of(library: str, *, extra: str, known: str) -> Iterator[None]:
+def interface_of(library: str, *, install: str, known: str) -> Iterator[None]:
     """Import a library, and look at what is needed of it, in here.
 
     Args:
         library: Its name on PyPI.
-        extra: The extra of minrl that installs it.
+        install: What installs it, for the message.
         known: The versions that are known to work, for the message.
 
     Raises:
@@ -25,8 +25,7 @@ def interface_of(library: str, *, extra: str, known: str) -> Iterator[None]:
         try:
             version = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            message = f'{library} is not installed: pip install "minrl[{extra}]"'
-            raise AdapterError(message) from error
+            raise AdapterError(f"{library} is not installed: {install}") from error
         raise AdapterError(
             f"minrl cannot plug into {library} {version} ({error}); versions known to work: {known}"
         ) from error

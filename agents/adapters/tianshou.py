@@ -1,0 +1,101 @@
+"""A recurrent network for Tianshou whose memory is a minGRU or minLSTM.
+
+    from minrl.agents.adapters.tianshou import MinimalRecurrent
+    network = MinimalRecurrent(layer_num=1, state_shape=(2,), action_shape=2)
+
+stands where ``tianshou.utils.net.common.Recurrent`` stands: the network of a ``DiscreteQLearning``
+policy, or the ``preprocess_net`` of an actor or critic, with a buffer of ``stack_num`` frames.
+
+Tianshou's collectors carry the state from step to step and set it to zero where an episode ends,
+so that the next observation starts anew. Training sees the last ``stack_num`` observations alone,
+from a zero state; at the start of an episode the buffer repeats its first observation to fill up.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.backbones.blocks import MIXERS
+
+with interface_of("tianshou", install='pip install "minrl[tianshou]"', known="2.0"):
+    from tianshou.data import Batch
+    from tianshou.utils.net.common import (
+        ActionReprNetWithVectorOutput,
+        ModuleWithVectorOutput,
+        Recurrent,
+    )
+
+    inspect.signature(ActionReprNetWithVectorOutput.forward).bind(None, None, state=None, info=None)
+    inspect.signature(ModuleWithVectorOutput.__init__).bind(None, 1)
+    inspect.signature(Recurrent.__init__).bind(
+        None, layer_num=1, state_shape=1, action_shape=1, hidden_layer_size=1
+    )
+
+__all__ = ["MinimalRecurrent"]
+
+
+class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
+    """Observation, linear layer, core, and a head on the last step's output.
+
+    Takes the arguments of Tianshou's ``Recurrent``.
+
+    Args:
+        layer_num: Layers of the core, L.
+        state_shape: Of one observation; its size is D.
+        action_shape: Of the output; its size is A.
+        hidden_layer_size: Width of the core and of the layers around it, H.
+        core: "mingru" or "minlstm".
+
+    Raises:
+        ValueError: If ``core`` is neither.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_num: int,
+        state_shape: int | Sequence[int],
+        action_shape: int | Sequence[int],
+        hidden_layer_size: int = 128,
+        core: str = "mingru",
+    ):
+        super().__init__(int(np.prod(action_shape)))
+        if core not in MIXERS:
+            raise ValueError(f"core must be one of {sorted(MIXERS)}, not {core!r}")
+        width = hidden_layer_size
+        self.encoder = nn.Sequential(nn.Linear(int(np.prod(state_shape)), width), nn.ReLU())
+        self.core = MIXERS[core](width, width, layer_num, batch_first=True)
+        # The core's output is a weighted sum of its inputs: what differences of them mean, for
+        # example a velocity, takes one more layer.
+        self.head = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.output_dim)
+        )
+
+    def forward(
+        self,
+        obs: np.ndarray | Tensor,
+        state: Batch | dict[str, Any] | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Batch]:
+        """Return the output at the last step, (B, A), and the state after it.
+
+        Args:
+            obs: (B, T, D), or (B, D) for one step.
+            state: What the call before returned, {"hidden": (B, L, H)}; zeros if not given.
+            info: Not looked at.
+        """
+        weight = self.core.weight_ih_l0
+        obs = torch.as_tensor(obs, device=weight.device, dtype=weight.dtype)
+        if obs.dim() == 2:
+            obs = obs.unsqueeze(1)
+        hidden = None
+        if state is not None:
+            hidden = torch.as_tensor(state["hidden"], device=weight.device).transpose(0, 1)  # L B H
+        output, hidden = self.core(self.encoder(obs), hidden)
+        # Tianshou keeps the state in its buffer: it must not hold on to the graph.
+        return self.head(output[:, -1]), Batch(hidden=hidden.detach().transpose(0, 1))

@@ -1,0 +1,321 @@
+"""Five recurrent cores under the same PPO, on tasks that need memory.
+
+    python -m minrl.scripts.memory_study
+
+trains `scripts/examples/ppo_recurrent.py` with each core and seed on each task, one CSV a run, then
+writes `memory.json` and `memory.png` and prints tables. Runs whose CSV is complete are not
+repeated: stop it and start it again as you like. The POPGym tasks need `pip install popgym`; they
+are left out, and named, where it is missing.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from minrl.scripts.examples.ppo_recurrent import (
+    Collector,
+    Config,
+    make_agent,
+    make_environments,
+    train,
+    update,
+)
+
+CORES = ("gru", "lstm", "mingru", "minlstm", "backbone")
+NAMES = {
+    "gru": "nn.GRU",
+    "lstm": "nn.LSTM",
+    "mingru": "MinGRU",
+    "minlstm": "MinLSTM",
+    "backbone": "Backbone",
+}
+COLOURS = {
+    "gru": "tab:grey",
+    "lstm": "black",
+    "mingru": "tab:blue",
+    "minlstm": "tab:orange",
+    "backbone": "tab:green",
+}
+RECALL = Config(num_envs=32, num_steps=64, hidden_size=64, total_steps=100_000)
+BASE = replace(RECALL, learning_rate=1e-3, gae_lambda=0.95)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and what is known about its returns."""
+
+    title: str
+    config: Config
+    without_memory: float | None = None
+    """The best return without any memory, where that is known."""
+    cores: tuple[str, ...] = CORES
+
+
+TASKS = {
+    "recall-20": Task(
+        "Recall, 20 blank steps", replace(RECALL, environment_options={"length": 20}), 0.25
+    ),
+    "cartpole": Task(
+        "CartPole, no velocities",
+        replace(BASE, environment="CartPole-v1", hide_velocities=True, normalize=True),
+    ),
+    "repeat-previous": Task(
+        "POPGym RepeatPreviousEasy",
+        replace(BASE, environment="popgym:popgym-RepeatPreviousEasy-v0"),
+        -0.5,
+    ),
+    "count-recall": Task(
+        "POPGym CountRecallEasy",
+        replace(BASE, environment="popgym:popgym-CountRecallEasy-v0"),
+    ),
+    "hopper": Task(
+        "Hopper, no velocities (short)",
+        replace(
+            BASE,
+            environment="Hopper-v5",
+            hide_velocities=True,
+            normalize=True,
+            learning_rate=3e-4,
+            entropy_coefficient=0.0,
+            total_steps=60_000,
+        ),
+    ),
+    "recall-200": Task(
+        "Recall, 200 blank steps",
+        replace(
+            RECALL,
+            environment_options={"length": 200},
+            num_steps=404,
+            memory=1000,
+            total_steps=600_000,
+        ),
+        0.25,
+        ("mingru", "backbone"),
+    ),
+}
+
+
+@dataclass
+class Study:
+    """What to run, and where to write."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    cores: tuple[str, ...] = CORES
+    seeds: int = 3
+    runs: Path = Path("runs/memory")
+    """Folder of the learning curves."""
+    results: Path = Path("results")
+    """Folder of memory.json and memory.png."""
+    processes: int = 2
+    report_only: bool = False
+    """Train nothing: report what is there."""
+
+
+def curve_of(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a learning curve, none if it has not been begun."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def is_complete(config: Config) -> bool:
+    """Say whether a run has reached its last step."""
+    rows = curve_of(config.output)
+    return bool(rows) and rows[-1]["steps"] >= config.total_steps
+
+
+def configs_of(study: Study) -> list[Config]:
+    """List all runs: a whole task first, and in it a whole seed first."""
+    return [
+        replace(
+            TASKS[task].config,
+            core=core,
+            seed=seed,
+            output=study.runs / f"{task}-{core}-{seed}.csv",
+        )
+        for task in study.tasks
+        for seed in range(study.seeds)
+        for core in study.cores
+        if core in TASKS[task].cores
+    ]
+
+
+def run(config: Config) -> str:
+    """Train once, on one thread."""
+    torch.set_num_threads(1)
+    last = train(config)[-1]
+    return f"{config.output.stem}: {last['episodic_return']:.3g} after {last['seconds']:.0f} s"
+
+
+def summary_of(rows_per_seed: list[list[dict[str, float]]]) -> dict[str, Any]:
+    """Sum up the complete runs of one core on one task; times are means over the seeds."""
+    last = [rows[-1] for rows in rows_per_seed]
+    # One row averages 50 episodes; the last tenth of the run evens out the rest.
+    final = [
+        statistics.fmean(row["episodic_return"] for row in rows[-max(1, len(rows) // 10) :])
+        for rows in rows_per_seed
+    ]
+    times = ("processor_seconds", "seconds", "rollout_seconds", "update_seconds")
+    return {
+        "final_returns": final,
+        "final_return_mean": statistics.fmean(final),
+        "steps": last[0]["steps"],
+        **{name: statistics.fmean(row[name] for row in last) for name in times},
+    }
+
+
+class WholeSequence(nn.Module):
+    """`nn.LSTM` in one call, which forgets nothing between episodes: a bound on its speed."""
+
+    def __init__(self, lstm: nn.LSTM):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, hidden: Tensor, state: Any, *, resets: Tensor) -> tuple[Tensor, Any]:
+        """Run over (T, B, H); the resets are not looked at."""
+        return self.lstm(hidden, state)
+
+
+def measure_updates(rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Time one epoch of PPO: 16 environments, 128 steps, hidden 128, resets inside, one thread.
+
+    The cores take turns, so that whatever else the machine does hits all of them.
+    """
+    torch.set_num_threads(1)
+    updates = {}
+    for core in (*CORES, "lstm, one call, no resets"):
+        config = Config(
+            core=core.split(",")[0], update_epochs=1, environment_options={"length": 20}
+        )
+        environments = make_environments(config)
+        agent = make_agent(environments, config)
+        rollout = Collector(environments, agent, config).collect()
+        if core not in CORES:
+            agent.core = WholeSequence(agent.core)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
+        updates[core] = (agent, optimizer, rollout, config)
+    seconds: dict[str, list[float]] = {core: [] for core in updates}
+    for index in range(rounds + 1):
+        for core, arguments in updates.items():
+            start = time.perf_counter()
+            update(*arguments)
+            if index:  # the first round compiles and warms up
+                seconds[core].append(time.perf_counter() - start)
+    return {
+        core: {"min_seconds": min(times), "median_seconds": statistics.median(times)}
+        for core, times in seconds.items()
+    }
+
+
+def draw(curves: dict[str, dict[str, list]], path: Path) -> None:
+    """Draw mean returns with their range over the seeds: against steps above, time below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(8.4, 3.6 * len(curves)), 6.4), layout="constrained")
+    FigureCanvasAgg(figure)  # drawn without a display, whatever the user's backend
+    axes = figure.subplots(2, len(curves), squeeze=False)
+    handles = {}
+    for column, (task, cores) in enumerate(curves.items()):
+        for core, seeds in cores.items():
+            returns = np.array([[row["episodic_return"] for row in rows] for rows in seeds])
+            for axis, name in zip(axes[:, column], ("steps", "processor_seconds"), strict=True):
+                x = np.mean([[row[name] for row in rows] for rows in seeds], 0)
+                (line,) = axis.plot(x, returns.mean(0), color=COLOURS[core], linewidth=1.6)
+                axis.fill_between(
+                    x, returns.min(0), returns.max(0), color=COLOURS[core], alpha=0.15, linewidth=0
+                )
+                handles[NAMES[core]] = line
+        axes[0, column].set_title(TASKS[task].title, fontsize=10)
+        axes[0, column].set_xlabel("environment steps")
+        axes[0, column].xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:g}k")
+        axes[1, column].set_xlabel("processor time (s, one core)")
+        for axis in axes[:, column]:
+            if (chance := TASKS[task].without_memory) is not None:
+                line = axis.axhline(chance, color="tab:red", linestyle=":", linewidth=1)
+                handles.setdefault("best without memory", line)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return (mean, range over seeds)")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """Print what memory.json holds as Markdown."""
+    print("\n| task | core | return, mean (each seed) | steps | updates s | rollouts s |")
+    print("|---|---|---|---|---|---|")
+    for task, cores in result["tasks"].items():
+        for core, summary in cores.items():
+            each = ", ".join(f"{value:.3g}" for value in summary["final_returns"])
+            print(
+                f"| {task} | {NAMES[core]} | {summary['final_return_mean']:.3g} ({each}) "
+                f"| {summary['steps']:.0f} | {summary['update_seconds']:.1f} "
+                f"| {summary['rollout_seconds']:.1f} |"
+            )
+    print("\n| one epoch of updates | min s | median s | times faster than nn.LSTM's loop |")
+    print("|---|---|---|---|")
+    loop = result["update"]["lstm"]
+    for core, times in result["update"].items():
+        ratio = loop["median_seconds"] / times["median_seconds"]
+        print(
+            f"| {NAMES.get(core, core)} | {times['min_seconds']:.3f} "
+            f"| {times['median_seconds']:.3f} | {ratio:.1f} |"
+        )
+
+
+def report(study: Study) -> None:
+    """Write and print what the complete runs say."""
+    curves: dict[str, dict[str, list]] = {}
+    for config in configs_of(study):
+        if is_complete(config):
+            task = config.output.stem.removesuffix(f"-{config.core}-{config.seed}")
+            rows = curve_of(config.output)
+            curves.setdefault(task, {}).setdefault(config.core, []).append(rows)
+    result = {
+        "torch": torch.__version__,
+        "processors": os.cpu_count(),
+        "tasks": {
+            task: {core: summary_of(seeds) for core, seeds in cores.items()}
+            for task, cores in curves.items()
+        },
+        "update": measure_updates(),
+    }
+    study.results.mkdir(parents=True, exist_ok=True)
+    (study.results / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
+    if curves:
+        draw(curves, study.results / "memory.png")
+    print_tables(result)
+
+
+def main(study: Study) -> None:
+    """Train what is missing, then report."""
+    if importlib.util.find_spec("popgym") is None:
+        left_out = [task for task in study.tasks if "popgym" in TASKS[task].config.environment]
+        print(f"popgym is not installed, left out: {', '.join(left_out) or 'nothing'}")
+        study.tasks = tuple(task for task in study.tasks if task not in left_out)
+    study.runs.mkdir(parents=True, exist_ok=True)
+    missing = [config for config in configs_of(study) if not is_complete(config)]
+    if not study.report_only:
+        with ProcessPoolExecutor(study.processes) as pool:
+            for line in pool.map(run, missing):
+                print(line, flush=True)
+    report(study)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Study))

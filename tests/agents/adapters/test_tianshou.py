@@ -1,0 +1,155 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tianshou")
+
+from tianshou.algorithm import DQN, PPO
+from tianshou.algorithm.modelfree.dqn import DiscreteQLearningPolicy
+from tianshou.algorithm.modelfree.reinforce import DiscreteActorPolicy
+from tianshou.algorithm.optim import AdamOptimizerFactory
+from tianshou.data import Batch, Collector, CollectStats, VectorReplayBuffer
+from tianshou.env import DummyVectorEnv
+from tianshou.trainer import OffPolicyTrainerParams, OnPolicyTrainerParams
+from tianshou.utils.net.common import Recurrent
+from tianshou.utils.net.discrete import DiscreteActor, DiscreteCritic
+
+from minrl.agents.adapters.tianshou import MinimalRecurrent
+from minrl.envs.partial import HideVelocities
+
+LAYERS, HIDDEN, FEATURES, ACTIONS = 2, 8, 2, 2
+TWO_ACTIONS = gym.spaces.Discrete(ACTIONS)
+CORES = pytest.mark.parametrize("core", ["mingru", "minlstm"])
+
+
+def make_network(core="mingru", **options):
+    torch.manual_seed(0)
+    sizes = {"layer_num": LAYERS, "hidden_layer_size": HIDDEN}
+    shapes = {"state_shape": (FEATURES,), "action_shape": ACTIONS}
+    return MinimalRecurrent(**{**sizes, **shapes, "core": core, **options})
+
+
+def make_environments(number):
+    environments = DummyVectorEnv([lambda: HideVelocities(gym.make("CartPole-v1"))] * number)
+    environments.seed(0)
+    return environments
+
+
+def make_dqn(network, **options):
+    policy = DiscreteQLearningPolicy(model=network, action_space=TWO_ACTIONS, eps_training=0.1)
+    return DQN(policy=policy, optim=AdamOptimizerFactory(lr=1e-3), **options)
+
+
+@CORES
+def test_shapes_are_those_of_the_librarys_lstm(core):
+    theirs = Recurrent(
+        layer_num=LAYERS, state_shape=(FEATURES,), action_shape=ACTIONS, hidden_layer_size=HIDDEN
+    )
+    ours = make_network(core)
+    assert ours.get_output_dim() == theirs.get_output_dim() == ACTIONS
+    for shape in ((3, FEATURES), (3, 5, FEATURES)):
+        observation = np.random.default_rng(0).normal(size=shape)  # float64, as CartPole's are not
+        expected, expected_state = theirs(observation)
+        output, state = ours(observation)
+        assert output.shape == expected.shape == (3, ACTIONS)
+        assert state["hidden"].shape == expected_state["hidden"].shape == (3, LAYERS, HIDDEN)
+        assert not state["hidden"].requires_grad
+
+
+@CORES
+@pytest.mark.parametrize("kind", [Batch, dict])
+def test_stepwise_equals_sequence(core, kind):
+    network = make_network(core)
+    observations = torch.randn(3, 7, FEATURES)
+    output, last = network(observations)
+    state = None
+    for t in range(7):
+        stepped, state = network(observations[:, t], state)
+        state = kind(hidden=state["hidden"])
+    torch.testing.assert_close(stepped, output)
+    torch.testing.assert_close(state["hidden"], last["hidden"])
+    # In two parts, the state between them as a buffer gives it back: an array.
+    _, state = network(observations[:, :4])
+    output_of_parts, _ = network(observations[:, 4:], kind(hidden=state["hidden"].numpy()))
+    torch.testing.assert_close(output_of_parts, output)
+
+
+@CORES
+def test_collector_starts_episodes_anew_where_our_resets_do(core):
+    network = make_network(core)
+    buffer = VectorReplayBuffer(200, 2)
+    collector = Collector[CollectStats](make_dqn(network), make_environments(2), buffer)
+    collector.reset()
+    collector.collect(n_step=80)
+    collector.collect(n_step=40)  # goes on with the state where the first one stopped
+    for part in buffer.buffers:
+        data = part[:]
+        assert 2 <= data.done.sum() < len(data) == 60
+        resets = torch.as_tensor(np.concatenate([[False], data.done[:-1]]))
+        observations = network.encoder(torch.as_tensor(data.obs))
+        output, last = network.core(observations[None], resets=resets[None])
+        recorded = torch.as_tensor(data.policy.hidden_state.hidden)  # T L H
+        torch.testing.assert_close(recorded[:, -1], output[0].detach())
+        torch.testing.assert_close(recorded[-1], last[:, 0].detach())
+        np.testing.assert_array_equal(data.act, network.head(output[0]).argmax(-1).numpy())
+
+
+@CORES
+def test_one_round_of_dqn_changes_every_parameter(core):
+    network = make_network(core)
+    algorithm = make_dqn(network, target_update_freq=10)
+    buffer = VectorReplayBuffer(400, 2, stack_num=4, ignore_obs_next=True)
+    collector = Collector[CollectStats](algorithm, make_environments(2), buffer)
+    assert_round_changes(
+        network,
+        algorithm,
+        OffPolicyTrainerParams(
+            training_collector=collector,
+            max_epochs=1,
+            epoch_num_steps=64,
+            collection_step_num_env_steps=32,
+            update_step_num_gradient_steps_per_sample=0.125,
+            batch_size=16,
+            show_progress=False,
+            verbose=False,
+        ),
+    )
+
+
+@CORES
+def test_one_round_of_ppo_changes_every_parameter(core):
+    """The network as the shared first part of an actor and a critic."""
+    network = make_network(core, action_shape=16)
+    actor = DiscreteActor(preprocess_net=network, action_shape=ACTIONS)
+    algorithm = PPO(
+        policy=DiscreteActorPolicy(actor=actor, action_space=TWO_ACTIONS),
+        critic=DiscreteCritic(preprocess_net=network),
+        optim=AdamOptimizerFactory(lr=1e-3),
+    )
+    buffer = VectorReplayBuffer(400, 2, stack_num=4, ignore_obs_next=True)
+    assert_round_changes(
+        network,
+        algorithm,
+        OnPolicyTrainerParams(
+            training_collector=Collector[CollectStats](algorithm, make_environments(2), buffer),
+            max_epochs=1,
+            epoch_num_steps=64,
+            collection_step_num_env_steps=64,
+            update_step_num_repetitions=2,
+            batch_size=16,
+            show_progress=False,
+            verbose=False,
+        ),
+    )
+
+
+def assert_round_changes(network, algorithm, params):
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    algorithm.run_training(params)
+    assert all((network.state_dict()[name] != before[name]).any() for name in before)
+
+
+def test_unknown_core_is_refused():
+    with pytest.raises(ValueError, match="core must be one of"):
+        make_network("gru")

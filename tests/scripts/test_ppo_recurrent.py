@@ -1,0 +1,154 @@
+import csv
+
+import pytest
+import torch
+
+from minrl.scripts.examples.ppo_recurrent import (
+    Collector,
+    Config,
+    advantages_of,
+    make_agent,
+    make_environments,
+    train,
+    update,
+)
+
+CORES = ["gru", "lstm", "mingru", "minlstm", "backbone"]
+
+
+def pieces(core, **options):
+    options = {"environment_options": {"length": 3}, "num_envs": 4, "num_steps": 17} | options
+    config = Config(core=core, hidden_size=16, num_layers=2, **options)
+    torch.manual_seed(0)
+    environments = make_environments(config)
+    agent = make_agent(environments, config)
+    return agent, Collector(environments, agent, config), config
+
+
+def first_pass(agent, rollout):
+    """What the update computes before the first change of a weight, environment by environment."""
+    passes = []
+    for row in range(rollout.dones.shape[1]):
+        rows = torch.tensor([row])
+        state = agent.rows(rollout.first_state, rows)
+        policy, values, _ = agent(rollout.observations[:, rows], state, rollout.dones[:, rows])
+        passes.append((policy.log_prob(rollout.actions[:, rows]), values))
+    return (torch.cat(column, dim=1) for column in zip(*passes, strict=True))
+
+
+PENDULUM = {"environment": "Pendulum-v1", "environment_options": {"max_episode_steps": 7}}
+
+
+@pytest.mark.parametrize("task", [{}, PENDULUM], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("core", CORES)
+def test_the_first_update_pass_gives_the_probabilities_of_the_rollout(core, task):
+    agent, collector, _ = pieces(core, **task)
+    collector.collect()
+    rollout = collector.collect()  # begins inside the episodes, with a state that was carried
+    assert rollout.dones[1:].any()
+    assert not rollout.dones[0].all()
+    log_probabilities, values = first_pass(agent, rollout)
+    ratio = (log_probabilities - rollout.log_probabilities).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, rollout.values[:-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_what_lies_before_a_reset_changes_nothing_after_it(core):
+    agent, collector, _ = pieces(core)
+    rollout = collector.collect()
+    changed = rollout.observations.clone()
+    last_reset = max(step for step in range(17) if rollout.dones[step, 0])
+    changed[:last_reset, 0] += 1.0
+    with torch.no_grad():
+        _, values, _ = agent(rollout.observations, rollout.first_state, rollout.dones)
+        _, after_change, _ = agent(changed, rollout.first_state, rollout.dones)
+    torch.testing.assert_close(values[last_reset:], after_change[last_reset:], rtol=0, atol=1e-6)
+    assert (values[:last_reset, 0] - after_change[:last_reset, 0]).abs().min() > 1e-4
+
+
+def test_a_done_stands_beside_the_first_observation_of_an_episode():
+    _, collector, _ = pieces("mingru")
+    for _ in range(3):
+        rollout = collector.collect()
+        shows_a_cue = rollout.observations[..., :-1].any(-1)
+        torch.testing.assert_close(rollout.dones, shows_a_cue)
+        asks = rollout.observations[..., -1].bool()
+        assert not rollout.rewards[~asks].any()
+        torch.testing.assert_close(asks[:-1], rollout.dones[1:])
+        torch.testing.assert_close(asks[-1], rollout.done_after)
+
+
+def test_returns_are_those_of_whole_episodes():
+    _, collector, _ = pieces("mingru", environment="CartPole-v1", environment_options={})
+    rollout = collector.collect()
+    starts = torch.cat([rollout.dones, rollout.done_after[None]])
+    lengths = [
+        length for row in range(4) for length in starts[:, row].nonzero().squeeze(1).diff().tolist()
+    ]
+    assert sorted(collector.returns) == sorted(lengths)
+
+
+def test_an_episode_that_is_cut_off_goes_on_in_the_value():
+    agent, collector, config = pieces(
+        "gru", environment="CartPole-v1", environment_options={"max_episode_steps": 4}
+    )
+    with torch.no_grad():
+        agent.value.weight.zero_()
+        agent.value.bias.fill_(10.0)
+    rollout = collector.collect()
+    cut = rollout.dones.roll(-1, 0)[:-1]
+    assert cut.any()
+    torch.testing.assert_close(
+        rollout.rewards[:-1], 1.0 + cut.float() * config.gamma * 10.0, rtol=0, atol=1e-4
+    )
+
+
+def test_advantages_equal_the_sum_of_discounted_errors_within_an_episode():
+    _, collector, _ = pieces("mingru")
+    rollout = collector.collect()
+    gamma, gae_lambda = 0.9, 0.7
+    ends = torch.cat([rollout.dones[1:], rollout.done_after[None]])
+    rewards, values = rollout.rewards.double(), rollout.values.double()
+    expected = torch.zeros(17, 4, dtype=torch.double)
+    for row in range(4):
+        for start in range(17):
+            for step in range(start, 17):
+                following = 0.0 if ends[step, row] else values[step + 1, row]
+                error = rewards[step, row] + gamma * following - values[step, row]
+                expected[start, row] += (gamma * gae_lambda) ** (step - start) * error
+                if ends[step, row]:
+                    break
+    actual = advantages_of(rollout, gamma, gae_lambda)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_an_update_changes_every_parameter(core):
+    agent, collector, config = pieces(core, update_epochs=2)
+    before = {name: value.clone() for name, value in agent.named_parameters()}
+    optimizer = torch.optim.Adam(agent.parameters())
+    update(agent, optimizer, collector.collect(), config)
+    same = [name for name, value in agent.named_parameters() if torch.equal(value, before[name])]
+    assert same == []
+
+
+def test_a_short_run_learns_to_recall_and_writes_its_curve(tmp_path):
+    config = Config(
+        core="mingru",
+        environment_options={"length": 2, "cues": 4},
+        output=tmp_path / "curve.csv",
+        total_steps=15_000,
+        num_steps=32,
+        hidden_size=32,
+    )
+    rows = train(config)
+    assert max(row["episodic_return"] for row in rows[-5:]) > 0.6  # chance is 0.25
+    with config.output.open() as file:
+        written = [
+            {name: float(text) for name, text in row.items()} for row in csv.DictReader(file)
+        ]
+    assert written == rows
+    assert [row["steps"] for row in rows] == [512 * (index + 1) for index in range(30)]
+    last = rows[-1]
+    assert last["seconds"] == pytest.approx(last["rollout_seconds"] + last["update_seconds"])
