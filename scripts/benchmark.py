@@ -22,6 +22,7 @@ from minrl.scripts.benchmarks.cases import (
     parse_shape,
     shapes_of,
 )
+from minrl.scripts.benchmarks.machine import keep_freed_memory
 from minrl.scripts.benchmarks.report import Report
 
 SECONDS = {"quick": 0.03, "default": 0.3, "full": 0.3}
@@ -45,9 +46,11 @@ def benchmark(arguments: Sequence[str]) -> None:
         if options.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
+    memory_is_kept = device.type == "cpu" and keep_freed_memory()
     if options.seconds is None:
         options.seconds = SECONDS[options.grid]
     settings = {name: value for name, value in vars(options).items() if name != "output"}
+    settings["memory_is_kept"] = memory_is_kept
     report = Report(options.name, device, settings, options.output)
     run, _ = _BENCHMARKS[options.name]
     run(options, report)

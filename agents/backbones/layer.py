@@ -14,7 +14,7 @@ from minrl.agents.backbones.scan import check_arguments, gated_scan
 from minrl.agents.backbones.scan_operator import backend_of, contiguous
 
 # Steps in a chunk, counted over its sequences, for each thread (measured, 128 features).
-CHUNK = 2048
+CHUNK = 4096
 
 Gradients = tuple[Tensor | None, ...]
 

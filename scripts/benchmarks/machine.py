@@ -1,5 +1,6 @@
 """What a result was measured on: machine, versions, commit; enough to judge it and to repeat it."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -42,6 +43,20 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "threads": torch.get_num_threads(),
     }
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep memory that is freed for what is allocated next; say if it does.
+
+    Large tensors would otherwise go back to the system at every call, and getting them again can
+    take longer than computing them, by an amount that is the system's and not a contestant's.
+    """
+    options = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
+    try:
+        tune = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # glibc has it
+        return False
+    return all([tune(*option) == 1 for option in options.values()])
 
 
 def device_name(device: torch.device) -> str:

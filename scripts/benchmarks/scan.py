@@ -136,8 +136,6 @@ def _time_shape(
             case = ScanCase(shape, gates, precision, direction, report.device, settings.compiled)
             entries = [Contestant(peer.name, partial(_prepare, peer)) for peer in contestants]
             entries += [Contestant("copy", _prepare_copy), Contestant("stream", _prepare_stream)]
-            if report.device.type == "cpu":  # where new memory costs more than what is done with it
-                entries.append(Contestant("stream into new memory", _prepare_new_stream))
             clock = Clock(report.device, cold=cache == "cold")
             summary = summarise(compete(entries, case, clock, seconds=settings.seconds))
             _add_bandwidth(summary, case.minimum_bytes)
@@ -265,12 +263,6 @@ def _prepare_stream(case: ScanCase) -> Prepared:
     """Read two thirds of the minimum bytes, write the rest."""
     one, two, target = _filled(case, 3)
     return Prepared(lambda: torch.add(one, two, out=target))
-
-
-def _prepare_new_stream(case: ScanCase) -> Prepared:
-    """The same, but with the output allocated in the call, as it is in a scan."""
-    one, two = _filled(case, 3)[:2]
-    return Prepared(lambda: torch.add(one, two))
 
 
 def _filled(case: ScanCase, count: int) -> tuple[Tensor, ...]:
