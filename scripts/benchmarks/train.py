@@ -36,7 +36,7 @@ STEPS_TIMED = {"cpu": 1, "cuda": 20}
 
 # What an operator or kernel belongs to, by a part of its name; the first that fits.
 PARTS_OF_STEP = {
-    "scan": "gated_scan scan_forward scan_backward",
+    "scan": "gated_scan gated_layer scan_forward scan_backward",
     "matrix products": "addmm aten::mm aten::bmm aten::linear gemm gemv cutlass xmma nvjet splitk",
     "optimizer": "adam optimizer _foreach multi_tensor linalg_vector_norm",
     "copies and indexing": "copy memcpy embedding index cat gather",
