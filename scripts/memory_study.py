@@ -69,7 +69,13 @@ TASKS = {
     ),
     "cartpole": Task(
         "CartPole, no velocities",
-        replace(BASE, environment="CartPole-v1", hide_velocities=True, normalize=True),
+        replace(
+            BASE,
+            environment="CartPole-v1",
+            hide_velocities=True,
+            normalize=True,
+            total_steps=150_000,
+        ),
     ),
     "repeat-previous": Task(
         "POPGym RepeatPreviousEasy",

@@ -131,6 +131,11 @@ def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     return layer
 
 
+def head(size: int, outputs: int, gain: float) -> nn.Sequential:
+    """Make a head with a hidden layer: what a linear recurrence holds is not yet a velocity."""
+    return nn.Sequential(linear(size, size, 2**0.5), nn.Tanh(), linear(size, outputs, gain))
+
+
 def loop_over_time(
     core: nn.GRU | nn.LSTM, hidden: Tensor, state: State, dones: Tensor
 ) -> tuple[Tensor, State]:
@@ -160,7 +165,7 @@ class Agent(nn.Module):
             nn.Linear(observation_size, size), nn.LayerNorm(size), nn.Tanh()
         )
         self.core = make_core(config.core, size, config.num_layers, config.memory)
-        self.policy, self.value = linear(size, action_size, 0.01), linear(size, 1, 1.0)
+        self.policy, self.value = head(size, action_size, 0.01), head(size, 1, 1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(action_size))
 
     def initial_state(self, batch_size: int) -> State:

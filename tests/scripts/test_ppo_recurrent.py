@@ -94,8 +94,8 @@ def test_an_episode_that_is_cut_off_goes_on_in_the_value():
         "gru", environment="CartPole-v1", environment_options={"max_episode_steps": 4}
     )
     with torch.no_grad():
-        agent.value.weight.zero_()
-        agent.value.bias.fill_(10.0)
+        agent.value[-1].weight.zero_()
+        agent.value[-1].bias.fill_(10.0)
     rollout = collector.collect()
     cut = rollout.dones.roll(-1, 0)[:-1]
     assert cut.any()
