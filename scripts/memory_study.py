@@ -134,7 +134,8 @@ def curve_of(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{name: float(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # cut off
+        return [{name: float(text) for name, text in row.items()} for row in rows]
 
 
 def is_complete(config: Config) -> bool:

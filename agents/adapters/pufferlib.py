@@ -32,7 +32,7 @@ class _RecurrentWrapper(nn.Module):
         input_size: Features that the policy encodes to.
         hidden_size: Features that it decodes.
         num_layers: Of the cell.
-        **options: Of the cell.
+        **options: Of the cell, but for a learned initial state: its trainer's states are zeros.
     """
 
     cell: type[MinGRU]
@@ -47,6 +47,8 @@ class _RecurrentWrapper(nn.Module):
         **options,
     ):
         super().__init__()
+        if options.get("learn_initial_state"):
+            raise ValueError("PufferLib starts from zeros: no learn_initial_state")
         self.policy = policy
         self.observation_shape = env.single_observation_space.shape
         self.is_continuous = getattr(policy, "is_continuous", False)  # PufferLib asks for it
@@ -130,15 +132,25 @@ class _Network(nn.Module):
     Args:
         hidden_size: H.
         num_layers: L.
+        candidate: Of the cell.
+        memory: Of the cell.
         **_: What PufferLib's configuration holds for other networks.
     """
 
     cell: type[MinGRU]
 
-    def __init__(self, hidden_size: int, num_layers: int = 1, **_):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int = 1,
+        candidate: str = "g",
+        memory: float | None = None,
+        **_,
+    ):
         super().__init__()
         self.hidden_size, self.num_layers = hidden_size, num_layers
-        self.core = self.cell(hidden_size, hidden_size, num_layers, batch_first=True)
+        options = {"candidate": candidate, "memory": memory, "batch_first": True}
+        self.core = self.cell(hidden_size, hidden_size, num_layers, **options)
 
     def initial_state(self, batch_size: int, device: torch.device) -> tuple[Tensor]:
         """Return zeros, ((L, B, H),)."""

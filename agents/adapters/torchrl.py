@@ -111,11 +111,12 @@ class _RecurrentModule(TensorDictModuleBase):
 
         Raises:
             ValueError: In recurrent mode, if there is no time dimension.
+            KeyError: If there is no input or, for want of an ``InitTracker``, no ``is_init``.
         """
         x, state, starts = (
-            tensordict.get(self.in_keys[0]),
+            tensordict[self.in_keys[0]],
             tensordict.get(self.in_keys[1], None),
-            tensordict.get(self.in_keys[2]),
+            tensordict[self.in_keys[2]],
         )
         shape, in_sequence = tensordict.batch_size, self.recurrent_mode
         if in_sequence and not shape:
@@ -209,8 +210,12 @@ class _CellModule(_RecurrentModule):
         if core is None:
             sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
             core = self.cell(*sizes, **options)
-        elif input_size is not None or hidden_size is not None or options:
+        elif options or (input_size, hidden_size, num_layers, bias, batch_first, dropout) != (
+            *(None, None, 1, True, True, 0.0),
+        ):
             raise ValueError(f"give either {self.core_name} or the arguments to build one")
+        if not isinstance(core, self.cell):
+            raise ValueError(f"{self.core_name} must be a {self.cell.__name__}, not {core!r}")
         if not core.batch_first or core.return_cell:
             raise ValueError(f"{self.core_name} must have batch_first=True and one state, not two")
         super().__init__(
@@ -256,7 +261,7 @@ class MinGRUModule(_CellModule):
             ``candidate`` and ``learn_initial_state`` of the one that is built.
 
     Raises:
-        ValueError: If the core has ``batch_first=False``, or keys do not fit.
+        ValueError: If the core is another cell or has ``batch_first=False``, or keys do not fit.
     """
 
     core_name, cell = "gru", MinGRU
@@ -286,6 +291,8 @@ class BackboneModule(_RecurrentModule):
     core_name = "backbone"
 
     def __init__(self, backbone: Backbone, **options):
+        if not backbone.batch_first:
+            raise ValueError("backbone must have batch_first=True")
         super().__init__(backbone, **options)
 
     def _initial_state(self) -> Tensor:

@@ -209,7 +209,8 @@ class _MinimalRNN(nn.Module):
         weight = self.weight_ih_l0
         where = {"device": device or weight.device, "dtype": dtype or _state_type(weight)}
         if self.bias_h0 is not None:
-            return self.bias_h0.unsqueeze(1).expand(-1, batch_size, -1).to(**where)
+            # A copy: who sets rows of a state to something must not set the parameter.
+            return self.bias_h0.unsqueeze(1).repeat(1, batch_size, 1).to(**where)
         return torch.zeros(self.num_layers, batch_size, self.hidden_size, **where)
 
     def _run(
@@ -226,7 +227,12 @@ class _MinimalRNN(nn.Module):
                 "input.size(-1) must be equal to input_size. "
                 f"Expected {self.input_size}, got {features}"
             )
-        dtype = self.weight_ih_l0.dtype
+        dtype, device = self.weight_ih_l0.dtype, self.weight_ih_l0.device
+        if x.device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{x.device} and parameter tensor at {device}"
+            )
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). "

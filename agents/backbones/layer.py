@@ -1,7 +1,8 @@
 """A recurrent layer, projection and scan: on CPUs one operator, ``torch.ops.minrl.gated_layer``.
 
-It goes through the sequences in chunks whose pre-activations stay in the processor's caches between
-matrix products and scan. Their gradient, the largest tensor of a training step, is never whole.
+It goes through many or long sequences in chunks, whose pre-activations stay in the processor's
+caches between matrix products and scan, and whose gradient, the largest tensor of a training step,
+is there for one chunk at a time.
 """
 
 import torch
@@ -12,6 +13,7 @@ from minrl.agents.backbones.native import empty_like
 from minrl.agents.backbones.operators import define_operator, refuse_gradient
 from minrl.agents.backbones.scan import check_arguments, gated_scan
 from minrl.agents.backbones.scan_operator import backend_of, contiguous
+from minrl.agents.backbones.scan_torch import PARTS
 
 # Steps in a chunk, counted over its sequences, for each thread (measured, 128 features).
 CHUNK = 4096
@@ -45,6 +47,9 @@ def gated_layer(
         reset_state: Likewise.
         mask: Likewise.
         batch_first: Likewise.
+
+    Raises:
+        ValueError: As there, or if weight or initial state have other sizes.
     """
     tensors = [x, weight, bias, initial_state, reset_state]
     if not _are_taken(tensors, batch_first):
@@ -58,7 +63,14 @@ def gated_layer(
             mask=mask,
             batch_first=batch_first,
         )
-    check_arguments(x, activation, initial_state, resets, reset_state, mask)
+    parameters = [y for y in (weight, bias) if y is not None]
+    check_arguments(x, activation, initial_state, resets, reset_state, mask, *parameters)
+    _check_sizes(x, weight, initial_state, gates, batch_first)
+    if batch_first and len(x) == 1:  # the same memory, and it can be cut along time
+        x, resets, mask = (y if y is None else y.transpose(0, 1) for y in (x, resets, mask))
+        batch_first, alone = False, True
+    else:
+        alone = False
     if reset_state is not None:
         reset_state = reset_state.expand_as(initial_state)
     learns = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
@@ -66,7 +78,20 @@ def gated_layer(
         x, weight, bias, initial_state, resets, reset_state, mask,
         gates, activation, batch_first, learns,
     )  # fmt: skip
-    return states, last
+    return states.transpose(0, 1) if alone else states, last
+
+
+def _check_sizes(
+    x: Tensor, weight: Tensor, initial_state: Tensor, gates: str, batch_first: bool
+) -> None:
+    if gates not in PARTS:
+        raise ValueError(f"gates must be one of {sorted(PARTS)}, not {gates!r}")
+    expected = (x.shape[0 if batch_first else 1], len(weight) // PARTS[gates])
+    if initial_state.shape != expected or len(weight) % PARTS[gates]:
+        raise ValueError(
+            f"{gates} with a weight of {tuple(weight.shape)} on {tuple(x.shape)} needs a state of "
+            f"{expected}, not {tuple(initial_state.shape)}"
+        )
 
 
 def _are_taken(tensors: list[Tensor | None], batch_first: bool) -> bool:

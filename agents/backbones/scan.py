@@ -96,6 +96,7 @@ def check_arguments(
     resets: Tensor | None,
     reset_state: Tensor | None,
     mask: Tensor | None,
+    *parameters: Tensor,
 ) -> None:
     """Refuse what the kernels, which see pointers alone, would take for something else."""
     if activation not in CANDIDATES:
@@ -113,8 +114,9 @@ def check_arguments(
     for name, x in given.items():
         if x.device != projected.device:
             raise ValueError(f"{name} is on {x.device}, projected on {projected.device}")
+    differentiated = (projected, *given.values(), *parameters)
     if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in (projected, *given.values())
+        forward_ad.unpack_dual(x).tangent is not None for x in differentiated
     ):
         raise RuntimeError("gated_scan has no forward-mode derivative")
 

@@ -159,6 +159,8 @@ class Agent(nn.Module):
     def __init__(self, observation_size: int, actions: gym.Space, config: Config):
         super().__init__()
         size = config.hidden_size
+        if not isinstance(actions, (gym.spaces.Discrete, gym.spaces.Box)):
+            raise ValueError(f"actions must be Discrete or Box, not {actions}")
         self.discrete = isinstance(actions, gym.spaces.Discrete)
         action_size = int(actions.n) if self.discrete else int(np.prod(actions.shape))
         self.encoder = nn.Sequential(

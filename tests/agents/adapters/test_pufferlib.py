@@ -134,3 +134,15 @@ def test_network_acting_equals_training(network, layers):
         assert [part.shape for part in state] == [(layers, B, H)]
         outputs.append(output)
     torch.testing.assert_close(core.forward_train(h), torch.stack(outputs, 1))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_passes_on_what_its_cell_begins_with(network):
+    core = network(H, memory=100, candidate="tanh", horizon=64).core
+    assert (core.memory, core.candidate) == (100, "tanh")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_learned_initial_state_is_refused(wrapper):
+    with pytest.raises(ValueError, match="learn_initial_state"):
+        make_wrapper(wrapper, learn_initial_state=True)

@@ -329,3 +329,25 @@ def test_ppo_learns_to_remember(recurrent):
     learner = Learner(recurrent, environments=16, steps=30, total=80)
     right = [learner.learn(batch, epochs=8) for batch in learner.collector]
     assert sum(right[-10:]) / 10 > 0.8  # chance: 0.25
+
+
+def test_a_core_that_does_not_fit_and_arguments_beside_one_are_refused():
+    keys = {"in_key": "x", "out_key": "y"}
+    with pytest.raises(ValueError, match="batch_first"):
+        BackboneModule(Backbone(8, batch_first=False), **keys)
+    with pytest.raises(ValueError, match="must be a MinLSTM"):
+        MinLSTMModule(lstm=MinGRU(3, 5, batch_first=True), **keys)
+    with pytest.raises(ValueError, match="must be a MinGRU"):
+        MinGRUModule(gru=torch.nn.GRU(3, 5, batch_first=True), **keys)
+    with pytest.raises(ValueError, match="give either gru or"):
+        MinGRUModule(gru=MinGRU(3, 5, batch_first=True), num_layers=2, **keys)
+
+
+@pytest.mark.parametrize("missing", ["x", "is_init"])
+def test_a_missing_key_is_named(missing):
+    module = MinGRUModule(3, 5, in_key="x", out_key="y")
+    steps = TensorDict(
+        {"x": torch.zeros(4, 3), "is_init": torch.ones(4, 1, dtype=torch.bool)}, batch_size=[4]
+    )
+    with pytest.raises(KeyError, match=missing):
+        module(steps.exclude(missing))

@@ -202,3 +202,14 @@ def test_memory_spreads_what_the_channels_remember(make):
 def test_memory_that_cannot_be_is_refused(make, wrong):
     with pytest.raises(ValueError, match="memory needs two steps"):
         make(3, 5, **wrong)
+
+
+@both
+def test_setting_rows_of_an_initial_state_leaves_the_parameter_alone(make):
+    cell = make(3, 5, learn_initial_state=True)
+    with torch.no_grad():
+        cell.initial_state(4)[:, 1] = 7
+        cell.initial_state(1).add_(7)
+    assert (cell.bias_h0 == 0).all()
+    cell.initial_state(4).sum().backward()
+    assert (cell.bias_h0.grad == 4).all()

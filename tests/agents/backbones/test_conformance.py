@@ -118,6 +118,12 @@ def test_mistakes_read_alike(mistake, ours, theirs):
     assert raised[0] == raised[1]
 
 
+@each_cell
+def test_an_input_on_another_device_is_named(make):
+    with pytest.raises(RuntimeError, match="input tensor at cpu and parameter tensor at meta"):
+        make(3, 5, device="meta")(draw(7, 4, 3))
+
+
 @each_pair
 def test_attributes_are_the_same(ours, theirs):
     cells = [make(3, 5, 2, False, True, 0.25) for make in (ours, theirs)]

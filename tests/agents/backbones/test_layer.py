@@ -157,3 +157,44 @@ def test_learning_holds_no_gradient_of_all_pre_activations(monkeypatch):
         loss.backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < largest < packed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gates": "gru"}, "gates must be one of"),
+        ({"weight": torch.zeros(8, FEATURES)}, "needs a state of"),
+        ({"weight": torch.zeros(11, FEATURES)}, "needs a state of"),
+        ({"initial_state": torch.zeros(1, WIDTH)}, "needs a state of"),
+        ({"initial_state": torch.zeros(5, WIDTH)}, "needs a state of"),
+        ({"resets": torch.zeros(8, 3, dtype=torch.bool)}, "resets must be bool"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change, message):
+    tensors, options = make_inputs(flags=False)
+    with pytest.raises(ValueError, match=message):
+        gated_layer(**tensors | options | change)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_state"])
+def test_a_forward_mode_derivative_is_refused_not_zero(name):
+    tensors, options = make_inputs(flags=False)
+
+    def states(value):
+        return gated_layer(**tensors | {name: value}, **options)[0]
+
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(states, (tensors[name],), (tensors[name],))
+
+
+def test_one_long_sequence_is_cut_along_time(monkeypatch):
+    monkeypatch.setattr(layer, "CHUNK", 7)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    tensors, options = make_inputs((1, 30))
+    got = run_with_gradients(gated_layer, tensors, options)
+    expected = run_with_gradients(reference, tensors, options, torch.float64)
+    for name, right in expected.items():
+        torch.testing.assert_close(got[name].double(), right, rtol=1e-5, atol=1e-5, msg=name)
+    chunks = layer._chunks(tensors["x"].transpose(0, 1), batch_first=False)
+    assert len(chunks) == 5
