@@ -1,0 +1,49 @@
+import functools
+import json
+from dataclasses import replace
+
+import pytest
+
+from minrl.scripts import memory_study
+from minrl.scripts.memory_study import Study, curve_of, main
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Two cores on a task of two updates, and updates timed once."""
+    config = replace(
+        memory_study.RECALL,
+        environment_options={"length": 2},
+        num_envs=4,
+        num_steps=16,
+        hidden_size=8,
+        total_steps=128,
+    )
+    tasks = {"recall-2": memory_study.Task("Recall, 2 blank steps", config, 0.25)}
+    monkeypatch.setattr(memory_study, "TASKS", tasks)
+    once = functools.partial(memory_study.measure_updates, rounds=1)
+    monkeypatch.setattr(memory_study, "measure_updates", once)
+    return Study(("recall-2",), ("lstm", "mingru"), 2, tmp_path / "runs", tmp_path / "results", 1)
+
+
+def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, capsys):
+    main(study)
+    curves = sorted(study.runs.iterdir())
+    assert [path.stem for path in curves] == [
+        f"recall-2-{core}-{seed}" for core in ("lstm", "mingru") for seed in (0, 1)
+    ]
+    result = json.loads((study.results / "memory.json").read_text())
+    summary = result["tasks"]["recall-2"]["mingru"]
+    returns = [row["episodic_return"] for row in curve_of(curves[2])]
+    assert summary["final_returns"][0] == pytest.approx(returns[-1])
+    assert summary["steps"] == 128
+    assert (study.results / "memory.png").stat().st_size > 10_000
+    assert "| recall-2 | MinGRU |" in capsys.readouterr().out
+
+    complete, cut_off = curves[0].read_text(), curves[2].read_text()
+    curves[2].write_text(cut_off[: cut_off.rindex(",")])
+    main(study)
+    assert "recall-2-mingru-0" in (printed := capsys.readouterr().out)
+    assert "recall-2-lstm-0:" not in printed
+    assert curves[0].read_text() == complete
+    assert len(curve_of(curves[2])) == 2
