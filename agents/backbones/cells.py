@@ -365,7 +365,9 @@ class MinLSTM(_MinimalRNN):
             bias[1] = -bias[0]
 
 
-def _check_as_nn_gru_does(input_size: int, hidden_size: int, num_layers: int, dropout: float):
+def _check_as_nn_gru_does(
+    input_size: int, hidden_size: int, num_layers: int, dropout: float
+) -> None:
     sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
     for name, size in sizes.items():
         if not isinstance(size, int):

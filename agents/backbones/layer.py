@@ -66,11 +66,10 @@ def gated_layer(
     parameters = [y for y in (weight, bias) if y is not None]
     check_arguments(x, activation, initial_state, resets, reset_state, mask, *parameters)
     _check_sizes(x, weight, initial_state, gates, batch_first)
-    if batch_first and len(x) == 1:  # the same memory, and it can be cut along time
+    alone = batch_first and len(x) == 1
+    if alone:  # time-first it is the same memory, and can be cut along time
         x, resets, mask = (y if y is None else y.transpose(0, 1) for y in (x, resets, mask))
-        batch_first, alone = False, True
-    else:
-        alone = False
+        batch_first = False
     if reset_state is not None:
         reset_state = reset_state.expand_as(initial_state)
     learns = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
