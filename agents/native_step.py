@@ -18,6 +18,8 @@ from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import LARGEST, StepPolicy
 from minrl.agents.trajectory import TrajectoryModel
 
+COMPILED = ("mingru", "minlstm", "gilr")
+
 KERNELS = "minrl.agents.native_step_kernels"
 
 VERSION = attrgetter("_version")
@@ -194,7 +196,8 @@ class NativeStep:
                 pieces += _linear(block.convolution.pointwise)
             cell = block.mixer.cell
             pieces += [*_norm(block.mixer_norm), *_panels(cell.weight_ih_l0, cell.bias_ih_l0)]
-            pieces += [cell.bias_h0[0], *_linear(block.mixer.output)]
+            first = cell.initial_state(1)[0, 0]
+            pieces += [first, *_linear(block.mixer.output)]
             if block.mlp is not None:
                 pieces += [*_norm(block.mlp_norm), *_linear(block.mlp[0]), *_linear(block.mlp[2])]
         pieces += [*_norm(model.output_norm), *_linear(model.head)]
@@ -204,15 +207,17 @@ class NativeStep:
 def native_step(policy: StepPolicy) -> NativeStep | None:
     """Return the compiled step of a policy; None where there is none, or no compiler."""
     model = policy.model
-    if type(model) is not TrajectoryModel or not _fits(model, _weights(model)):
+    if type(model) is not TrajectoryModel or model.config.backbone not in COMPILED:
+        return None
+    if model.config.tokens == "observation" or not _fits(model, _weights(model)):
         return None
     with torch.device("meta"):
         described = TrajectoryModel.from_description(model.describe()).eval()
     if _form(model) != _form(described):
         return None
-    gates = model.backbone.blocks[0].mixer.cell.gates
+    cell = model.backbone.blocks[0].mixer.cell
     convolution = "convolution" if model.config.convolution else "none"
-    kernels = load_kernels(KERNELS, gates, model.config.candidate, convolution)
+    kernels = load_kernels(KERNELS, cell.gates, cell.candidate, convolution)
     return kernels and NativeStep(policy, kernels["step"])
 
 

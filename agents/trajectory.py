@@ -1,8 +1,9 @@
 """The trajectory model: return, observation and action tokens through a recurrent backbone.
 
 Decision Mamba's layout (arXiv 2403.19925, after Decision Transformer, arXiv 2106.01345) with a
-minimal RNN as the mixer. All inputs and outputs are in the environment's units: the model holds
-the normalisation of observations, the scale of returns and the bounds of actions.
+minimal RNN, or one of its rivals, as the mixer. All inputs and outputs are in the environment's
+units: the model holds the normalisation of observations, the scale of returns and the bounds of
+actions.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,7 +15,22 @@ from minrl.agents.backbones.blocks import ALL, MIXERS, Backbone, State
 from minrl.agents.backbones.dropout import Dropout
 from minrl.agents.backbones.scan_torch import CANDIDATES
 
-TOKENS = ("interleaved", "joint")
+DEFAULT_ATTENTION_CONTEXT = 20
+
+TOKENS = ("interleaved", "joint", "observation")
+
+# The fields of a ModelConfig that a mixer takes, besides its width.
+MIXER_FIELDS = {
+    "mingru": ("expansion", "learn_initial_state", "candidate"),
+    "minlstm": ("expansion", "learn_initial_state", "candidate", "normalize", "forget_bias"),
+    "gilr": ("expansion", "learn_initial_state"),
+    "gilr_lstm": ("expansion", "learn_initial_state"),
+    "gru": ("expansion", "learn_initial_state"),
+    "lstm": ("expansion", "learn_initial_state"),
+    "mamba": ("expansion",),
+    "transformer": ("num_heads",),
+    "mlp": (),
+}
 
 
 @dataclass(frozen=True)
@@ -22,16 +38,17 @@ class ModelConfig:
     """The shape of a :class:`TrajectoryModel`."""
 
     backbone: str = "mingru"
-    """Sequence mixer: mingru or minlstm."""
+    """Sequence mixer: mingru, minlstm, gilr, gilr_lstm, gru, lstm, mamba, transformer, or mlp,
+    which looks at the present alone."""
     tokens: str = "joint"
     """joint: one token a step, about 2.5 times faster to train; interleaved: return, observation
-    and action are tokens of their own, as in the paper."""
+    and action are tokens of their own, as in the paper; observation: nothing but that is seen."""
     width: int = 64
     """Features of a token."""
     num_layers: int = 3
     """Residual blocks."""
     expansion: int = 1
-    """Hidden channels of the recurrent cell per feature."""
+    """Hidden channels of the mixer per feature."""
     mlp_ratio: int = 4
     """Hidden features of the MLP per feature; 0 leaves the MLP out."""
     dropout: float = 0.0
@@ -39,12 +56,18 @@ class ModelConfig:
     convolution: int = 0
     """Kernel size of a causal convolution before each mixer; 0 leaves it out."""
     candidate: str = "g"
-    """What the cell's candidate passes through: g (the paper's), identity or tanh."""
+    """mingru and minlstm: what the candidate passes through, g (the paper's), identity or tanh."""
+    learn_initial_state: bool = True
+    """Recurrent mixers: whether the state before an episode is learned, rather than zero."""
     normalize: bool = True
     """minlstm only: divide the gates by their sum (the paper's equations; its released code
     does not)."""
     forget_bias: float = 3.0
     """minlstm only: added to the forget gate's bias at the start."""
+    num_heads: int = 1
+    """transformer only: heads of the attention."""
+    attention_context: int | None = None
+    """transformer only: steps that it looks back on; by default those of a training window."""
     max_timestep: int = 1000
     """Timesteps with an embedding of their own; later ones share the last."""
     return_scale: float | None = None
@@ -68,10 +91,17 @@ class ModelConfig:
             ("expansion", 1),
             ("mlp_ratio", 0),
             ("convolution", 0),
+            ("num_heads", 1),
             ("max_timestep", 1),
         ):
             if getattr(self, name) < least:
                 found.append(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.attention_context is not None and self.attention_context < 1:
+            found.append(f"attention_context must be at least 1, not {self.attention_context}")
+        if self.backbone == "transformer" and self.num_heads > 0 and self.width % self.num_heads:
+            found.append(f"num_heads must divide the width, {self.width}, not {self.num_heads}")
+        if self.backbone == "mlp" and not self.mlp_ratio:
+            found.append("mlp_ratio must be at least 1 with the backbone mlp, not 0")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), not {self.dropout}")
         if self.return_scale is not None and not self.return_scale > 0:
@@ -101,24 +131,24 @@ class TrajectoryModel(nn.Module):
         self.config = config = config or ModelConfig()
         self.observation_size, self.action_size = observation_size, action_size
         self.return_scale = config.return_scale or 1000.0
-        options = {"candidate": config.candidate}
-        if config.backbone == "minlstm":
-            options |= {"normalize": config.normalize, "forget_bias": config.forget_bias}
-        self.embed_return = nn.Linear(1, config.width)
+        interleaved = config.tokens == "interleaved"
+        options = {name: getattr(config, name) for name in MIXER_FIELDS[config.backbone]}
+        if config.backbone == "transformer":
+            steps = config.attention_context or DEFAULT_ATTENTION_CONTEXT
+            options["context"] = steps * (3 if interleaved else 1)
         self.embed_observation = nn.Linear(observation_size, config.width)
-        # Without a bias a joint token shows "no action yet" and the middle of the range as zero.
-        self.embed_action = nn.Linear(
-            action_size, config.width, bias=config.tokens == "interleaved"
-        )
-        self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
-        nn.init.normal_(self.embed_timestep.weight, std=0.02)
+        if config.tokens != "observation":
+            self.embed_return = nn.Linear(1, config.width)
+            # Without a bias a joint token shows "no action yet" and mid-range as zero.
+            self.embed_action = nn.Linear(action_size, config.width, bias=interleaved)
+            self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
+            nn.init.normal_(self.embed_timestep.weight, std=0.02)
         self.embedding_norm = nn.LayerNorm(config.width)
         self.embedding_dropout = Dropout(config.dropout)
         self.backbone = Backbone(
             config.width,
             config.num_layers,
             config.backbone,
-            expansion=config.expansion,
             mlp_ratio=config.mlp_ratio,
             dropout=config.dropout,
             convolution=config.convolution,
@@ -250,6 +280,10 @@ class TrajectoryModel(nn.Module):
         resets: Tensor | None,
         action_dropout: float,
     ) -> Tensor:
+        normalised = (observations - self.observation_mean) / self.observation_std
+        observed = self.embed_observation(normalised)  # B T D
+        if self.config.tokens == "observation":
+            return observed
         batch, length, _ = observations.shape
         last = self.config.max_timestep - 1
         now = self.embed_timestep(timesteps.clamp(0, last))  # B T D
@@ -258,8 +292,6 @@ class TrajectoryModel(nn.Module):
             hidden = torch.rand(batch, length, 1, device=seen.device) < action_dropout
             seen = seen.masked_fill(hidden, 0.0)
         returns = self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale)
-        normalised = (observations - self.observation_mean) / self.observation_std
-        observed = self.embed_observation(normalised)
         if self.config.tokens == "joint":
             if resets is not None:
                 seen = seen.masked_fill(resets.unsqueeze(-1), 0.0)
@@ -270,11 +302,11 @@ class TrajectoryModel(nn.Module):
 
     def _spread(self, mask: Tensor) -> Tensor:
         """Spread the mask of steps, (B, T), over their tokens."""
-        return mask if self.config.tokens == "joint" else mask.repeat_interleave(3, dim=1)
+        return mask.repeat_interleave(3, dim=1) if self.config.tokens == "interleaved" else mask
 
     def _spread_starts(self, resets: Tensor) -> Tensor:
         """Spread resets of steps, (B, T), over their tokens: an episode starts at its return's."""
-        if self.config.tokens == "joint":
+        if self.config.tokens != "interleaved":
             return resets
         no = torch.zeros_like(resets)
         return torch.stack([no, resets, no], dim=2).flatten(1, 2)

@@ -168,6 +168,19 @@ class Episodes:
         count = int(np.clip(round(fraction * self.num_episodes), 1, self.num_episodes - 1))
         return self.select(np.sort(order[count:])), self.select(np.sort(order[:count]))
 
+    def best(self, fraction: float) -> Episodes:
+        """Return the episodes with the highest returns, in their original order.
+
+        Args:
+            fraction: share of the steps that they hold, at most, but for one episode at least.
+        """
+        if fraction == 1:
+            return self
+        order = np.argsort(-self.returns, kind="stable")
+        steps = np.cumsum(self.lengths[order])
+        count = int(np.searchsorted(steps, fraction * self.num_steps, side="right"))
+        return self.select(np.sort(order[: max(count, 1)]))
+
 
 def offsets_from_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return the (E+1,) int64 start rows of consecutive episodes of these lengths, and the end."""

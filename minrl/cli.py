@@ -64,14 +64,16 @@ def _train(arguments: list[str]) -> int:
     from minrl.scripts.train import train
     from minrl.scripts.train_config import PRESETS, TrainConfig
 
-    # What the flags not given stand at depends on these three, so they are looked at first.
+    # What the flags not given stand at depends on these four, so they are looked at first.
     resume = _last_value_of("--resume", arguments)
     preset = PRESETS.get(_last_value_of("--preset", arguments) or "quick", PRESETS["quick"])
     if resume:
         base = RunFolder(resume).read_config()
     else:
-        dataset = _last_value_of("--dataset", arguments)
-        base = preset((dataset,)) if dataset else preset()
+        chosen = {"backbone": _last_value_of("--backbone", arguments) or "mingru"}
+        if dataset := _last_value_of("--dataset", arguments):
+            chosen["dataset"] = (dataset,)
+        base = preset(**chosen)
 
     def run(config: TrainConfig = base, resume: Path | None = None) -> int:
         config = base.continued_with(config) if resume else config

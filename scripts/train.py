@@ -20,6 +20,7 @@ from minrl.data.minari_source import load_dataset
 from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, DatasetError
 from minrl.scripts.evaluate import check_environment, evaluate_run, plot_asked_against_got
+from minrl.scripts.match_parameters import match_width
 from minrl.scripts.recorder import FINAL_SEED, Recorder
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TARGETS, TrainConfig, task_of
@@ -43,6 +44,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
         episodes = load_first_on_rank_zero(config, rank)
         config = complete(config, episodes)
         training, held_out = episodes.split(config.held_out, config.seed)
+        training = training.best(config.best_fraction)
         sampler = make_sampler(config, training)
         trainer = Trainer(
             build_model(config, training),
@@ -99,6 +101,12 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
     if not targets:
         targets = (float(episodes.returns.max()), float(np.median(episodes.returns)))
     model = config.model
+    if model.attention_context is None and model.backbone == "transformer":
+        model = dataclasses.replace(model, attention_context=config.burn_in + config.context)
+    if config.match_parameters is not None:
+        sizes = episodes.observations.shape[1], episodes.actions.shape[1]
+        width = match_width(model, *sizes, config.match_parameters)
+        model = dataclasses.replace(model, width=width)
     if model.return_scale is None:
         largest = float(np.abs(episodes.returns_to_go()).max())
         scale = 1000.0 if task_of(name or "")[0] else max(largest, 1e-6)

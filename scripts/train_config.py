@@ -29,6 +29,13 @@ PAPER_TASKS = {
 }
 PAPER_DEFAULT = (128, 1e-3)
 
+# What is usual with a backbone: Mamba's released code expands by 2, and who clones behaviour sees
+# the observation alone.
+MODEL_SETTINGS = {"mamba": {"expansion": 2}, "mlp": {"tokens": "observation"}}
+
+# A transformer is trained on windows, and acts on them (Decision Transformer, arXiv 2106.01345).
+REFRESH_EVERY = {"transformer": 1}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -72,6 +79,11 @@ class TrainConfig:
     """Episodes for each target at the end, on other seeds; 0: no final evaluation."""
     held_out: float = 0.05
     """Share of the episodes kept from training, to measure the action error on."""
+    best_fraction: float = 1.0
+    """Train only on the episodes of the highest returns that hold this share of the steps; with
+    the backbone mlp, 0.1 is "10 % BC"."""
+    match_parameters: int | None = None
+    """Choose the width with which the model has about this many parameters."""
     log_every: int = 50
     """Steps between lines of metrics."""
     run_dir: Path | None = None
@@ -104,10 +116,14 @@ class TrainConfig:
                 problems.append(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not all(math.isfinite(target) for target in self.targets):
             problems.append(f"targets must be finite, not {self.targets}")
-        if self.on_bad_episode not in ("raise", "drop"):
-            problems.append(f"on_bad_episode must be raise or drop, not {self.on_bad_episode!r}")
-        if not 0 < self.held_out < 1:
-            problems.append(f"held_out must be between 0 and 1, not {self.held_out}")
+        for name, is_possible, wanted in (
+            ("on_bad_episode", self.on_bad_episode in ("raise", "drop"), "raise or drop"),
+            ("held_out", 0 < self.held_out < 1, "between 0 and 1"),
+            ("best_fraction", 0 < self.best_fraction <= 1, "in (0, 1]"),
+            ("match_parameters", (self.match_parameters or 1) > 0, "positive"),
+        ):
+            if not is_possible:
+                problems.append(f"{name} must be {wanted}, not {getattr(self, name)!r}")
         if problems:
             raise ConfigError("; ".join(_with_flag_name(problem) for problem in problems))
 
@@ -174,24 +190,30 @@ def task_of(dataset: str) -> tuple[str | None, str | None]:
     return robot, level
 
 
-def quick(dataset: tuple[str, ...] = (DEFAULT_DATASET,)) -> TrainConfig:
+def quick(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru") -> TrainConfig:
     """Return the default preset: minutes on two CPU cores."""
-    return TrainConfig(dataset=dataset)
+    return TrainConfig(
+        dataset=dataset,
+        model=ModelConfig(backbone, **MODEL_SETTINGS.get(backbone, {})),
+        refresh_every=REFRESH_EVERY.get(backbone, 0),
+    )
 
 
-def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,)) -> TrainConfig:
+def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru") -> TrainConfig:
     """Return the published recipe: Decision Mamba's, width and rate by task."""
     width, learning_rate = PAPER_TASKS.get(task_of(dataset[0]), PAPER_DEFAULT)
+    model = ModelConfig(backbone, tokens="interleaved", width=width, dropout=0.1)
     return TrainConfig(
         dataset=dataset,
         preset="paper",
-        model=ModelConfig(width=width, tokens="interleaved", dropout=0.1),
+        model=dataclasses.replace(model, **MODEL_SETTINGS.get(backbone, {})),
         optimization=OptimizationConfig(
             learning_rate=learning_rate,
             warmup_steps=10_000,
             schedule="constant",
             weight_decay=1e-4,
         ),
+        refresh_every=REFRESH_EVERY.get(backbone, 0),
         batch_size=64,
         steps=100_000,
         eval_every=10_000,

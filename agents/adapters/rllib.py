@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from minrl.agents.adapters.libraries import interface_of
-from minrl.agents.backbones.blocks import MIXERS
+from minrl.agents.backbones.cells import CELLS
 
 with interface_of("ray", install='pip install "minrl[rllib]"', known="2.60"):
     from ray.rllib.core.columns import Columns
@@ -65,13 +65,13 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
                 "FlattenObservations makes them one"
             )
         core = self.model_config.get("core", "mingru")
-        if core not in MIXERS:
-            raise ValueError(f"core must be one of {sorted(MIXERS)}, not {core!r}")
+        if core not in CELLS:
+            raise ValueError(f"core must be one of {sorted(CELLS)}, not {core!r}")
         width = self.model_config.get("hidden_size", 128)
         layers = self.model_config.get("num_layers", 1)
         outputs = self.get_train_action_dist_cls().required_input_dim(space=self.action_space)
         self.encoder = nn.Sequential(nn.Linear(space.shape[0], width), nn.ReLU())
-        self.core = MIXERS[core](width, width, layers, batch_first=True)
+        self.core = CELLS[core](width, width, layers, batch_first=True)
         self.policy_head = _head(width, outputs)
         self.value_head = _head(width, 1)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minrl.agents.adapters.libraries import interface_of
-from minrl.agents.backbones.blocks import MIXERS
+from minrl.agents.backbones.cells import CELLS
 
 with interface_of("tianshou", install='pip install "minrl[tianshou]"', known="2.0"):
     from tianshou.data import Batch
@@ -65,11 +65,11 @@ class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
         core: str = "mingru",
     ):
         super().__init__(int(np.prod(action_shape)))
-        if core not in MIXERS:
-            raise ValueError(f"core must be one of {sorted(MIXERS)}, not {core!r}")
+        if core not in CELLS:
+            raise ValueError(f"core must be one of {sorted(CELLS)}, not {core!r}")
         width = hidden_layer_size
         self.encoder = nn.Sequential(nn.Linear(int(np.prod(state_shape)), width), nn.ReLU())
-        self.core = MIXERS[core](width, width, layer_num, batch_first=True)
+        self.core = CELLS[core](width, width, layer_num, batch_first=True)
         # The core's output is a weighted sum of its inputs: what differences of them mean, for
         # example a velocity, takes one more layer.
         self.head = nn.Sequential(

@@ -365,6 +365,9 @@ class MinLSTM(_MinimalRNN):
             bias[1] = -bias[0]
 
 
+CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
+
+
 def _check_as_nn_gru_does(
     input_size: int, hidden_size: int, num_layers: int, dropout: float
 ) -> None:

@@ -30,6 +30,7 @@ SLOW_KINDS = {
         "expansion": 2,
     },
     "minlstm": {"backbone": "minlstm", "tokens": "interleaved"},
+    "gilr-zero-initial-state": {"backbone": "gilr", "learn_initial_state": False},
 }
 
 

@@ -16,6 +16,8 @@ KINDS = {
         "backbone": "minlstm",
         "convolution": 3,
     },
+    "joint-lstm": {"tokens": "joint", "backbone": "lstm"},
+    "observation-mlp": {"tokens": "observation", "backbone": "mlp"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 B, T, O, A = 3, 20, 5, 2
@@ -98,7 +100,8 @@ def test_a_prediction_sees_only_what_came_before(kind, name):
     after, _ = model(**changed)
     first_change = at + 1 if name == "actions" else at  # a_t is predicted, not seen, at step t
     assert torch.equal(after[:, :first_change], before[:, :first_change])
-    assert not torch.equal(after[:, first_change], before[:, first_change])
+    is_seen = name == "observations" or model.config.tokens != "observation"
+    assert torch.equal(after[:, first_change], before[:, first_change]) != is_seen
 
 
 def gradients_with_padding(kind, inputs, lengths, padding, fill):
@@ -193,6 +196,8 @@ def test_one_step_changes_every_parameter_that_is_used(kind):
         ("dropout", 1.0),
         ("return_scale", 0.0),
         ("convolution", -1),
+        ("num_heads", 0),
+        ("attention_context", 0),
     ],
 )
 def test_impossible_values_are_named_with_their_range(field, value):

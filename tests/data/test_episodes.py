@@ -85,6 +85,15 @@ def test_episode_without_its_last_observation_is_refused(info):
         Episodes.from_episodes([], info)
 
 
+def test_the_best_episodes_hold_at_most_the_share_of_the_steps():
+    rewards = [[1.0, 0, 0, 0], [9.0, 0], [2.0, 2, 1], [5.0]]
+    episodes = with_rewards(rewards)
+    assert list(episodes.best(0.5).lengths) == [2, 3]
+    assert list(episodes.best(0.6).lengths) == [2, 3, 1]
+    assert list(episodes.best(0.01).lengths) == [2]
+    assert episodes.best(1.0) is episodes
+
+
 def test_split_parts_are_whole_disjoint_and_complete(make_episodes, info):
     episodes = Episodes.from_episodes(make_episodes([4, 2, 7, 1, 3, 5]), info)
     for fraction in (0.0, 0.3, 0.99):

@@ -56,6 +56,7 @@ def test_the_paper_preset_shows_in_the_defaults(capsys):
         ([], quick()),
         (["--seed", "3"], dataclasses.replace(quick(), seed=3)),
         (["--preset=paper"], paper()),
+        (["--backbone", "transformer"], quick(backbone="transformer")),
         (["--preset", "quick", "--preset", "paper"], paper()),
         (
             ["--dataset", "minrl/hopper/medium-v0", "minrl/hopper/medium-expert-v0", "--steps=7"],

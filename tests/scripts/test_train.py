@@ -21,7 +21,7 @@ from minrl.errors import CheckpointError, ConfigError, DatasetError, EnvError, T
 from minrl.scripts.evaluate import check_environment, evaluate_run
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
-from minrl.scripts.train_config import TrainConfig, paper, quick
+from minrl.scripts.train_config import TrainConfig
 
 SMALL = ModelConfig(width=16, num_layers=1)
 CONSTANT = OptimizationConfig(schedule="constant")
@@ -374,26 +374,6 @@ def test_best_and_last_are_both_reported_and_named(finished, capsys):
     folder = CheckpointFolder(finished / "checkpoints")
     assert steps == {"last": str(folder.last()), "best": str(folder.best())}
     assert "D4RL reference scores" in output
-
-
-def test_presets_are_the_published_recipes():
-    assert quick().to_json()["preset"] == "quick"
-    hopper = paper(("minrl/hopper/medium-v0",))
-    assert (hopper.model.width, hopper.optimization.learning_rate) == (256, 1e-4)
-    walker = paper(("d4rl/walker2d/medium-v2",))
-    assert (walker.model.width, walker.optimization.learning_rate) == (128, 1e-4)
-    cheetah = paper(("mujoco/halfcheetah/medium-replay-v0",))
-    assert (cheetah.model.width, cheetah.optimization.learning_rate) == (128, 1e-3)
-    for config in (hopper, walker, cheetah):
-        assert (config.steps, config.optimization.warmup_steps) == (100_000, 10_000)
-        assert (config.context, config.batch_size, config.model.num_layers) == (20, 64, 3)
-        assert (config.model.dropout, config.optimization.weight_decay) == (0.1, 1e-4)
-        config.check()
-
-
-def test_configuration_survives_its_json():
-    config = dataclasses.replace(paper(), targets=(1.0, 2.0))
-    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_torchrun_gives_the_loss_curve_of_one_process(hopper_id, tmp_path):

@@ -1,0 +1,74 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from minrl.agents.backbones.blocks import MIXERS
+from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.errors import ConfigError
+from minrl.scripts.match_parameters import count_parameters, match_width
+from minrl.scripts.train_config import PRESETS, TrainConfig, paper, quick
+
+
+def test_presets_are_the_published_recipes():
+    assert quick().to_json()["preset"] == "quick"
+    hopper = paper(("minrl/hopper/medium-v0",))
+    assert (hopper.model.width, hopper.optimization.learning_rate) == (256, 1e-4)
+    walker = paper(("d4rl/walker2d/medium-v2",))
+    assert (walker.model.width, walker.optimization.learning_rate) == (128, 1e-4)
+    cheetah = paper(("mujoco/halfcheetah/medium-replay-v0",))
+    assert (cheetah.model.width, cheetah.optimization.learning_rate) == (128, 1e-3)
+    for config in (hopper, walker, cheetah):
+        assert (config.steps, config.optimization.warmup_steps) == (100_000, 10_000)
+        assert (config.context, config.batch_size, config.model.num_layers) == (20, 64, 3)
+        assert (config.model.dropout, config.optimization.weight_decay) == (0.1, 1e-4)
+        config.check()
+
+
+def test_configuration_survives_its_json():
+    config = dataclasses.replace(paper(), targets=(1.0, 2.0))
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS.values())
+@pytest.mark.parametrize("backbone", MIXERS)
+def test_presets_suit_every_backbone(preset, backbone):
+    config = preset(backbone=backbone)
+    config.check()
+    assert config.model.backbone == backbone
+    assert (config.refresh_every == 1) == (backbone == "transformer")
+    assert (config.model.tokens == "observation") == (backbone == "mlp")
+
+
+@pytest.mark.parametrize("backbone", MIXERS)
+def test_counted_parameters_are_those_of_the_model(backbone):
+    config = quick(backbone=backbone).model
+    parameters = TrajectoryModel(11, 3, config).parameters()
+    assert count_parameters(config, 11, 3) == sum(map(torch.numel, parameters))
+
+
+@pytest.mark.parametrize("parameters", [1, 30_000, 250_000])
+@pytest.mark.parametrize("backbone", MIXERS)
+def test_no_width_comes_nearer_to_the_parameters_asked_for(backbone, parameters):
+    config = quick(backbone=backbone).model
+
+    def distance(width):
+        wide = dataclasses.replace(config, width=width)
+        return abs(count_parameters(wide, 11, 3) - parameters)
+
+    assert match_width(config, 11, 3, parameters) == min(range(4, 500, 4), key=distance)
+
+
+def test_matched_widths_can_be_divided_among_the_heads():
+    config = ModelConfig("transformer", num_heads=6, width=60)
+    assert match_width(config, 11, 3, 100_000) % 12 == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("best_fraction", 0.0), ("best_fraction", 1.1), ("match_parameters", -1), ("held_out", 1.0)],
+)
+def test_impossible_values_are_named_as_flags(field, value):
+    with pytest.raises(ConfigError, match=f"^{field.replace('_', '-')} must be .*, not {value}"):
+        TrainConfig(**{field: value}).check()
