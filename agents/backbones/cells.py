@@ -5,13 +5,18 @@ is one parallel pass ("Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1
 """
 
 import math
-import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from minrl.agents.backbones.layer import gated_layer
+from minrl.agents.backbones.nn_errors import (
+    check_axes,
+    check_construction,
+    check_input,
+    check_state,
+)
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
 State = Tensor | tuple[Tensor, Tensor]  # a pair (h, c) if there is ``return_cell``
@@ -48,7 +53,7 @@ class _MinimalRNN(nn.Module):
             raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
         if memory is not None and (memory < 2 or not bias):
             raise ValueError(f"memory needs two steps at least, and a bias, not {memory=}, {bias=}")
-        _check_as_nn_gru_does(input_size, hidden_size, num_layers, dropout)
+        check_construction(input_size, hidden_size, num_layers, dropout)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = False, 0
@@ -150,18 +155,7 @@ class _MinimalRNN(nn.Module):
         if isinstance(input, PackedSequence):
             output, h_n = self._forward_packed(input, hx, resets, mask)
             return output, self._paired(h_n)
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-            )
-        if hx is not None and hx.dim() != input.dim():
-            kind, wanted = ("batched", 3) if input.dim() == 3 else ("unbatched", 2)
-            names, got = "hx", f"{hx.dim()}-D tensor"
-            if self.return_cell:
-                names, got = "hx and cx", f"({hx.dim()}-D, {hx.dim()}-D) tensors"
-            raise RuntimeError(
-                f"For {kind} {wanted}-D input, {names} should also be {wanted}-D but got {got}"
-            )
+        check_axes(type(self).__name__, input, hx, self.return_cell)
         if input.dim() == 3:
             output, h_n = self._run(input, hx, resets, mask, self.batch_first)
             return output, self._paired(h_n)
@@ -221,28 +215,10 @@ class _MinimalRNN(nn.Module):
         mask: Tensor | None,
         batch_first: bool,
     ) -> tuple[Tensor, Tensor]:
-        batch, features = x.shape[0 if batch_first else 1], x.shape[2]  # B T F or T B F
-        if features != self.input_size:
-            raise RuntimeError(
-                "input.size(-1) must be equal to input_size. "
-                f"Expected {self.input_size}, got {features}"
-            )
-        dtype, device = self.weight_ih_l0.dtype, self.weight_ih_l0.device
-        if x.device != device:
-            raise RuntimeError(
-                "Input and parameter tensors are not at the same device, found input tensor at "
-                f"{x.device} and parameter tensor at {device}"
-            )
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). "
-                f"Convert input: input.to({dtype}), or convert model: model.to({x.dtype})"
-            )
+        check_input(x, self.weight_ih_l0)
+        batch = x.shape[0 if batch_first else 1]  # B T F or T B F
         first = self._first_state(batch) if hx is None else hx
-        expected = (self.num_layers, batch, self.hidden_size)
-        if first.shape != expected:
-            name = "hidden[0]" if self.return_cell else "hidden"
-            raise RuntimeError(f"Expected {name} size {expected}, got {list(first.shape)}")
+        check_state(first, (self.num_layers, batch, self.hidden_size), self.return_cell)
         if mask is not None:  # not a product: 0 * NaN is NaN in the backward pass
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         last = []
@@ -366,28 +342,6 @@ class MinLSTM(_MinimalRNN):
 
 
 CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}
-
-
-def _check_as_nn_gru_does(
-    input_size: int, hidden_size: int, num_layers: int, dropout: float
-) -> None:
-    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-    for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{name} must be greater than zero")
-    if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
-        raise ValueError(
-            "dropout should be a number in range [0, 1] representing the probability of an "
-            "element being zeroed"
-        )
-    if dropout and num_layers == 1:
-        warnings.warn(
-            "dropout option adds dropout after all but last recurrent layer, so non-zero "
-            f"dropout expects num_layers greater than 1, but got {dropout=} and {num_layers=}",
-            stacklevel=4,
-        )
 
 
 def _state_type(weight: Tensor) -> torch.dtype:
