@@ -41,10 +41,15 @@ def plain_step(
     inputs = tuple(torch.from_numpy(array).to(state.device) for array in arrays)
     reset = torch.from_numpy(starts).to(state.device) if starts.any() else None
     with few_threads(len(observations)):
-        actions, after = policy(*inputs, reset, state)
         if window is not None:
             seen = (without_outliers(model, inputs[0]), *inputs[1:])
             window.append(*seen, policy.split(state)[-1], starts)
+        if window is not None and refresh_every == 1:  # nothing is ever read from the state
+            actions = inside_bounds(model, window.predict(model))
+            after = policy.join((*policy.split(state)[:-1], actions))
+        else:
+            actions, after = policy(*inputs, reset, state)
+        if refresh_every > 1:
             due = (timesteps > 0) & (timesteps % refresh_every == 0)
             predicted, parts = window.refresh(model, due, actions, policy.split(after))
             actions = inside_bounds(model, predicted)

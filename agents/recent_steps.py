@@ -43,6 +43,14 @@ class RecentSteps:
         self.returns_to_go[self.rows, last] = returns_to_go
         self.timesteps[self.rows, last] = timesteps
 
+    def predict(self, model: TrajectoryModel) -> Tensor:
+        """Return the actions, (B, A), that a model predicts from these steps alone.
+
+        Rows shorter than the others end early, and no step looks ahead: there is no mask.
+        """
+        every, _ = model(self.observations, self.actions, self.returns_to_go, self.timesteps)
+        return every[self.rows, self.lengths - 1]
+
     def refresh(
         self, model: TrajectoryModel, due: np.ndarray, predicted: Tensor, state: State
     ) -> tuple[Tensor, State]:

@@ -14,10 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from minrl.agents.backbones.attention import AttentionMixer
 from minrl.agents.backbones.baselines import GilrLSTMMixer, TorchMixer
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
 from minrl.agents.backbones.convolution import CausalConvolution
 from minrl.agents.backbones.dropout import Dropout
+from minrl.agents.backbones.mamba import MambaMixer
 from minrl.agents.backbones.mixers import ALL, RecurrentMixer, State
 
 # What makes the mixer of a block, given its width; "mlp" has blocks without one.
@@ -28,6 +30,8 @@ MIXERS = {
     "gilr_lstm": GilrLSTMMixer,
     "gru": partial(TorchMixer, nn.GRU),
     "lstm": partial(TorchMixer, nn.LSTM),
+    "mamba": MambaMixer,
+    "transformer": AttentionMixer,
     "mlp": None,
 }
 

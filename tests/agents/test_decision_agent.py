@@ -16,6 +16,7 @@ KINDS = {
     "joint": {"tokens": "joint"},
     "interleaved": {"tokens": "interleaved"},
     "minlstm-convolution": {"tokens": "interleaved", "backbone": "minlstm", "convolution": 4},
+    "transformer": {"backbone": "transformer", "attention_context": 1000},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 ROWS = 3

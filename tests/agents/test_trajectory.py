@@ -16,6 +16,13 @@ KINDS = {
         "backbone": "minlstm",
         "convolution": 3,
     },
+    "interleaved-transformer": {
+        "tokens": "interleaved",
+        "backbone": "transformer",
+        "attention_context": 4,
+        "num_heads": 2,
+    },
+    "joint-mamba": {"tokens": "joint", "backbone": "mamba", "expansion": 2},
     "joint-lstm": {"tokens": "joint", "backbone": "lstm"},
     "observation-mlp": {"tokens": "observation", "backbone": "mlp"},
 }

@@ -12,6 +12,7 @@ from minrl.agents.backbones.blocks import MIXERS, Backbone
 WIDTH = 8
 KINDS = {
     **{name: {"backbone": name} for name in MIXERS},
+    "transformer": {"backbone": "transformer", "context": 5, "num_heads": 2},
     "minlstm-unnormalised": {"backbone": "minlstm", "normalize": False},
     "mingru-convolution": {"backbone": "mingru", "convolution": 4},
     "mingru-wide-no-mlp": {"backbone": "mingru", "expansion": 2, "mlp_ratio": 0},
