@@ -217,9 +217,10 @@ class TrajectoryModel(nn.Module):
             returns_to_go = returns_to_go.masked_fill(~mask, 0.0)
             timesteps = timesteps.masked_fill(~mask, 0)
         if state is None:
-            *backbone_state, last_action = self.initial_state(observations.shape[0])
+            backbone_state = None
+            last_action = self.action_middle.expand(observations.shape[0], -1)
         else:
-            *backbone_state, last_action = state
+            backbone_state, last_action = state[:-1], state[-1]
         taken = _actions_before(actions, last_action.to(actions.dtype), mask)
         embedded = self._embed(
             observations, taken[:, :-1], returns_to_go, timesteps, resets, action_dropout
@@ -229,7 +230,7 @@ class TrajectoryModel(nn.Module):
         skip = 1 if state is None and interleaved else 0
         hidden, after = self.backbone(
             self.embedding_dropout(self.embedding_norm(embedded[:, skip:])),
-            tuple(backbone_state),
+            backbone_state,
             resets=None if resets is None else self._spread_starts(resets)[:, skip:],
             mask=None if mask is None else self._spread(mask)[:, skip:],
             outputs=slice(2 - skip, None, 3) if interleaved else ALL,  # the state tokens

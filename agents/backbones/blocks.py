@@ -81,7 +81,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: State,
+        state: State | None = None,
         *,
         resets: Tensor | None = None,
         mask: Tensor | None = None,
@@ -90,14 +90,14 @@ class Block(nn.Module):
         """Transform (B, T, D); see :meth:`Backbone.forward`."""
         carried: State = ()
         if self.convolution is not None:
-            *state, past = state
-            mixed, carried = self.convolution(x, (past,), resets=resets, mask=mask)
+            state, past = (None, None) if state is None else (state[:-1], state[-1:])
+            mixed, carried = self.convolution(x, past, resets=resets, mask=mask)
             x = x + mixed
         if self.mixer is None:
             x, mixer_state = x[:, outputs], ()
         else:
             mixed, mixer_state = self.mixer(
-                self.mixer_norm(x), tuple(state), resets=resets, mask=mask, outputs=outputs
+                self.mixer_norm(x), state, resets=resets, mask=mask, outputs=outputs
             )
             x = x[:, outputs] + self.dropout(mixed)
         if self.mlp is not None:
@@ -217,14 +217,14 @@ class Backbone(nn.Module):
         mask: Tensor | None,
         outputs: slice,
     ) -> tuple[Tensor, State]:
-        if state is None:
-            state = self.initial_state(x.shape[0])
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        per_block = len(state) // len(self.blocks)
+        per_block = 0 if state is None else len(state) // len(self.blocks)
         after: State = ()
         for index, block in enumerate(self.blocks):
-            before = state[index * per_block : (index + 1) * per_block]
+            before = None  # a new sequence: some mixers have a shorter way for these
+            if state is not None:
+                before = state[index * per_block : (index + 1) * per_block]
             wanted = outputs if index == len(self.blocks) - 1 else ALL
             x, block_state = block(x, before, resets=resets, mask=mask, outputs=wanted)
             after += block_state

@@ -87,8 +87,10 @@ def test_gilr_lstm_is_a_loop_over_its_equations():
 def test_the_initial_state_is_learned_or_zero(make):
     learned, zero = make(True), make(False)
     for part in zero.initial_state(2):
-        assert part.count_nonzero() == 0 and not part.requires_grad
+        assert part.count_nonzero() == 0
+        assert not part.requires_grad
     x = make_inputs()[0].float()
     learned(x)[0].square().sum().backward()
     initial = [parameter for name, parameter in learned.named_parameters() if "bias_h0" in name]
-    assert initial and all(parameter.grad.count_nonzero() for parameter in initial)
+    assert initial
+    assert all(parameter.grad.count_nonzero() for parameter in initial)
