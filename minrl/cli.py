@@ -15,6 +15,7 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 COMMANDS = {
     "train": "train on offline data, evaluate, leave a run folder",
     "evaluate": "evaluate a trained run: returns, normalised scores, video",
+    "study": "train every method on every task and seed, here or on a Ray cluster",
     "export": "write a trained agent as an ONNX or .pt2 file that runs without minrl",
     "datasets": "make, list, inspect, and import-d4rl datasets",
     "benchmark": "measure the scan, layers, acting, training or data against others",
@@ -91,6 +92,12 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _study(arguments: list[str]) -> int:
+    from minrl.scripts.study import study
+
+    return _call(study, "study", arguments)
+
+
 def _export(arguments: list[str]) -> int:
     from minrl.scripts.export import export_command
 
@@ -117,6 +124,7 @@ def _benchmark(arguments: list[str]) -> int:
 _RUN = {
     "train": _train,
     "evaluate": _evaluate,
+    "study": _study,
     "export": _export,
     "datasets": _datasets,
     "benchmark": _benchmark,

@@ -74,7 +74,12 @@ TASKS = {
             environment="CartPole-v1",
             hide_velocities=True,
             normalize=True,
-            total_steps=150_000,
+            num_steps=32,
+            memory=20,
+            gae_lambda=0.9,
+            entropy_coefficient=0.0,
+            anneal=True,
+            total_steps=200_000,
         ),
     ),
     "repeat-previous": Task(

@@ -73,7 +73,7 @@ class Recorder:
         if step % config.eval_every == 0 or last:
             self.seconds += time.perf_counter() - self.started
             self.save()  # first, so that nothing in the evaluation can lose the training
-            self._evaluate()
+            self.evaluate()
             self.started = time.perf_counter()
 
     def save(self) -> None:
@@ -139,7 +139,7 @@ class Recorder:
         self.metrics.write(self.trainer.step_count, values)
         self.bar.set_postfix(self.shown)
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
         """Measure action error and returns; the mean return at the first target is the score."""
         step, config = self.trainer.step_count, self.config
         self.metrics.write(step, {"eval/action_error": self.trainer.action_error(self.held_out)})

@@ -81,9 +81,34 @@ class RunFolder:
                 rows.append(json.loads(line))
         return rows
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics later than ``step``: a resumed run writes them anew."""
-        kept = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
+    def was_evaluated(self, config: TrainConfig, step: int) -> bool:
+        """Return whether all that is measured after a step while training was measured.
+
+        Args:
+            config: Of the run.
+            step: Of its checkpoint.
+        """
+        if not step or (step % config.eval_every and step != config.steps):
+            return True  # nothing is
+        if config.environment and config.eval_episodes:
+            return self.checkpoints.header(step)["score"] is not None
+        rows = self.read_metrics()
+        return any(row["step"] == step and "eval/action_error" in row for row in rows)
+
+    def forget_after(self, step: int, *, evaluated: bool) -> None:
+        """Drop metrics later than ``step``, which a resumed run writes anew.
+
+        Args:
+            step: Where it goes on.
+            evaluated: Whether the evaluation after that step came to its end; if not, what it
+                wrote goes too.
+        """
+        kept = [
+            json.dumps(row) + "\n"
+            for row in self.read_metrics()
+            if row["step"] < step
+            or (row["step"] == step and (evaluated or not any("eval/" in name for name in row)))
+        ]
         write_atomically(self.metrics_file, "".join(kept).encode())
 
     def write_csv(self) -> None:

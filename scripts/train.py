@@ -59,12 +59,19 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             while trainer.step_count < config.steps:
                 trainer.step_from(sampler)
             return Path()
-        run = continue_run(run, config, trainer) if run else RunFolder.create(config)
+        unevaluated = False
+        if run:
+            unevaluated = not run.was_evaluated(config, trainer.step_count)
+            continue_run(run, config, trainer.step_count, evaluated=not unevaluated)
+        else:
+            run = RunFolder.create(config)
         describe(run, episodes, trainer)
         with run.metrics(trainer.step_count) as metrics, interruption() as asked:
             batches = held_out_batches(config, held_out)
             recorder = Recorder(run, metrics, config, trainer, episodes.info, batches, losses)
             try:
+                if unevaluated:  # stopped between saving and the end of the evaluation
+                    recorder.evaluate()
                 while trainer.step_count < config.steps and not asked:
                     recorder.after_step(trainer.step_from(sampler))
             finally:  # done, stopped or failed: the weights of this moment are kept
@@ -178,11 +185,10 @@ def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]
     return state["losses"]
 
 
-def continue_run(run: RunFolder, config: TrainConfig, trainer: Trainer) -> RunFolder:
-    """Make a run's folder ready to be written on from the trainer's step."""
+def continue_run(run: RunFolder, config: TrainConfig, step: int, *, evaluated: bool) -> None:
+    """Make a run's folder ready to be written on from a step, whose evaluation may be missing."""
     run.write_json("config.json", config.to_json())
-    run.forget_after(trainer.step_count)
-    return run
+    run.forget_after(step, evaluated=evaluated)
 
 
 def describe(run: RunFolder, episodes: Episodes, trainer: Trainer) -> None:

@@ -61,6 +61,8 @@ class Config:
     memory: int = 200
     """Steps that the slowest channels of the core remember before any training."""
     learning_rate: float = 3e-3
+    anneal: bool = False
+    """Lower the learning rate to zero, linearly over the run."""
     gamma: float = 0.99
     gae_lambda: float = 0.3
     """Low, because Recall rewards nothing but the last action; 0.95 where actions act later."""
@@ -81,7 +83,7 @@ def make_environments(config: Config) -> gym.vector.SyncVectorEnv:
     wrappers.append(gym.wrappers.FlattenObservation)
     if config.normalize:
         wrappers += [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward]
-    return gym.make_vec(
+    environments = gym.make_vec(
         config.environment,
         config.num_envs,
         vectorization_mode="sync",
@@ -90,6 +92,21 @@ def make_environments(config: Config) -> gym.vector.SyncVectorEnv:
         disable_env_checker=True,
         **config.environment_options,
     )
+    if config.normalize:
+        share_statistics(environments)
+    return environments
+
+
+def share_statistics(environments: gym.vector.SyncVectorEnv) -> None:
+    """Let one running mean and variance serve all environments.
+
+    With statistics of its own, each would show the policy another scale and another middle: in one
+    where the cart often drifts to the left, left of the track's middle would look like the middle.
+    """
+    first = environments.envs[0]  # NormalizeReward, and in it NormalizeObservation
+    for environment in environments.envs[1:]:
+        environment.return_rms = first.return_rms
+        environment.env.obs_rms = first.env.obs_rms
 
 
 # For each block of rows of a cell's bias: whether a larger bias holds the state (+1) or lets it go.
@@ -344,6 +361,8 @@ def train(config: Config) -> list[dict[str, float]]:
             start = time.perf_counter()
             rollout = collector.collect()
             collected = time.perf_counter()
+            if config.anneal:
+                optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - index / num_updates)
             update(agent, optimizer, rollout, config)
             rollout_seconds += collected - start
             update_seconds += time.perf_counter() - collected

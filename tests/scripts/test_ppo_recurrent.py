@@ -1,8 +1,10 @@
 import csv
 
+import numpy as np
 import pytest
 import torch
 
+from minrl.scripts.examples import ppo_recurrent
 from minrl.scripts.examples.ppo_recurrent import (
     Collector,
     Config,
@@ -89,6 +91,24 @@ def test_returns_are_those_of_whole_episodes():
     assert sorted(collector.returns) == sorted(lengths)
 
 
+def test_all_environments_are_normalised_by_the_statistics_of_all():
+    options = {"environment": "CartPole-v1", "environment_options": {}}
+    plain = make_environments(Config(num_envs=3, **options))
+    normalised = make_environments(Config(num_envs=3, normalize=True, **options))
+    seen, rewards = [plain.reset(seed=0)[0]], []
+    normalised.reset(seed=0)
+    for _ in range(40):
+        actions = np.array([0, 1, 1])  # two go one way, and one the other
+        seen.append(plain.step(actions)[0])
+        shown, reward, *_ = normalised.step(actions)
+        rewards.append(reward)
+    seen = np.concatenate(seen)  # near enough: last observations of episodes are left out
+    expected = (seen[-3:] - seen.mean(0)) / seen.std(0)
+    np.testing.assert_allclose(shown, expected, atol=0.3)
+    # One scale of rewards: those of one step differ only by what came between them.
+    np.testing.assert_allclose(rewards[-1], rewards[-1].mean(), rtol=0.02)
+
+
 def test_an_episode_that_is_cut_off_goes_on_in_the_value():
     agent, collector, config = pieces(
         "gru", environment="CartPole-v1", environment_options={"max_episode_steps": 4}
@@ -131,6 +151,21 @@ def test_an_update_changes_every_parameter(core):
     update(agent, optimizer, collector.collect(), config)
     same = [name for name, value in agent.named_parameters() if torch.equal(value, before[name])]
     assert same == []
+
+
+def test_an_annealed_learning_rate_falls_to_zero_in_equal_steps(tmp_path, monkeypatch):
+    rates = []
+
+    def note(agent, optimizer, rollout, config):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(ppo_recurrent, "update", note)
+    options = {"total_steps": 4 * 16, "num_envs": 4, "num_steps": 4, "learning_rate": 0.01}
+    train(Config(output=tmp_path / "curve.csv", anneal=True, **options))
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    rates.clear()
+    train(Config(output=tmp_path / "curve.csv", **options))
+    assert rates == [0.01] * 4
 
 
 def test_a_short_run_learns_to_recall_and_writes_its_curve(tmp_path):

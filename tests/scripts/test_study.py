@@ -1,0 +1,392 @@
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.mujoco import MujocoEnv
+
+from minrl.agents.checkpoint import CheckpointFolder, load_weights
+from minrl.agents.trajectory import TrajectoryModel
+from minrl.data.minari_source import load_dataset
+from minrl.data.windows import WindowSampler
+from minrl.errors import ConfigError
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.study import study
+from minrl.scripts.study_grid import StudyConfig, datasets_of, runs_of
+from minrl.scripts.study_progress import Progress
+from minrl.scripts.study_run import carry_out, forget_final_evaluations, is_done, log_of
+from minrl.scripts.study_workers import last_line
+
+TASK = "hopper/medium-expert"
+SMALL = (
+    *("width=16", "num-layers=1", "steps=12", "batch-size=8", "log-every=5", "device=cpu"),
+    *("eval-every=4", "eval-episodes=2", "final-episodes=2"),
+)
+
+
+def plan(folder, *, more=(), **options):
+    settings = (*SMALL, *more)
+    options = {"tasks": (TASK,), "backbones": ("mingru",), "seeds": 1, **options}
+    return runs_of(StudyConfig(set=settings, folder=folder, **options))
+
+
+@pytest.fixture(scope="module")
+def finished(hopper_id, tmp_path_factory):
+    """A run of a study that nothing interrupted."""
+    (run,) = plan(tmp_path_factory.mktemp("study"))
+    assert carry_out(run)
+    return run
+
+
+def copy_of(run, folder):
+    copied = dataclasses.replace(run, run_dir=folder / run.run_dir.name)
+    shutil.copytree(run.run_dir, copied.run_dir)
+    return copied
+
+
+def results_of(run):
+    """Return all that a run comes to: weights, losses and scores by step, final evaluations."""
+    folder = CheckpointFolder(run.run_dir / "checkpoints")
+    weights = {step: load_weights(folder.weights(step))[0] for step in folder.steps()}
+    scores = {step: folder.header(step)["score"] for step in folder.steps()}
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in RunFolder(run.run_dir).read_metrics()
+    ]
+    lines = (run.run_dir / "evaluations.jsonl").read_text().splitlines()
+    return weights, scores, rows, [json.loads(line) for line in lines]
+
+
+def assert_same_results(run, expected):
+    weights, *rest = results_of(run)
+    expected_weights, *expected_rest = results_of(expected)
+    assert rest == expected_rest
+    assert weights.keys() == expected_weights.keys()
+    for step, tensors in expected_weights.items():
+        for name, value in tensors.items():
+            assert torch.equal(weights[step][name], value)
+
+
+def test_names_of_tasks():
+    assert datasets_of("walker2d/medium-replay") == ["minrl/walker2d/medium-replay-v0"]
+    assert datasets_of("mujoco/hopper/expert-v0") == ["mujoco/hopper/expert-v0"]
+    joined = "minrl/hopper/medium-v0+mujoco/hopper/expert-v0"
+    assert datasets_of("hopper/medium+mujoco/hopper/expert-v0") == [joined]
+    nine = {f"minrl/{robot}/{level}-v0" for robot in ROBOTS for level in LEVELS}
+    assert set(datasets_of("all")) == nine
+    with pytest.raises(ConfigError, match=r"unknown task 'hoper/medium': tasks are hopper/medium"):
+        datasets_of("hoper/medium")
+
+
+ROBOTS = ("hopper", "halfcheetah", "walker2d")
+LEVELS = ("medium", "medium-replay", "medium-expert")
+
+
+def test_a_grid_has_every_combination_once(hopper_id, tmp_path):
+    methods = ("mingru", "bc", "bc10", "mingru")
+    runs = plan(tmp_path, tasks=(TASK, hopper_id), backbones=methods, seeds=2)
+    found = [(run.run_dir, run.model.backbone, run.best_fraction, run.seed) for run in runs]
+    parent = tmp_path / hopper_id
+    assert found == [
+        (parent / f"{name}-s{seed}", backbone, fraction, seed)
+        for seed in (0, 1)
+        for name, backbone, fraction in (
+            ("mingru", "mingru", 1.0),
+            ("bc", "mlp", 1.0),
+            ("bc10", "mlp", 0.1),
+        )
+    ]
+    assert {(run.steps, run.batch_size, run.model.width) for run in runs} == {(12, 8, 16)}
+    assert {run.model.tokens for run in runs} == {"joint", "observation"}  # the preset's choices
+
+
+def test_a_varied_field_adds_runs_that_differ_in_it_alone(hopper_id, tmp_path):
+    vary = ("tokens=joint,interleaved", "context=10,20", "candidate=identity")
+    base, *variants = plan(tmp_path, vary=vary)
+    names = [run.run_dir.name for run in variants]
+    assert names == [
+        "mingru,tokens=interleaved-s0",
+        "mingru,context=10-s0",
+        "mingru,candidate=identity-s0",
+    ]
+    changes = [{"tokens": "interleaved"}, {}, {"candidate": "identity"}]
+    for run, change in zip(variants, changes, strict=True):
+        assert run.model == dataclasses.replace(base.model, **change)
+    assert [run.context for run in variants] == [20, 10, 20]
+    # An LSTM has no candidate to vary: no run would differ from its base.
+    names = [run.run_dir.name for run in plan(tmp_path, backbones=("lstm",), vary=vary)]
+    assert names == ["lstm-s0", "lstm,tokens=interleaved-s0", "lstm,context=10-s0"]
+
+
+def test_values_of_every_kind_can_be_set_and_told_apart(hopper_id, tmp_path):
+    more = ("targets=3000 1000", "learning_rate=1e-4", "learn-initial-state=False")
+    (run,) = plan(tmp_path, more=more)
+    assert run.targets == (3000.0, 1000.0)
+    assert run.optimization.learning_rate == 1e-4
+    assert run.model.learn_initial_state is False
+    names = [run.run_dir.name for run in plan(tmp_path, vary=("targets=3 1,3_1",))[1:]]
+    assert len(set(names)) == len(names) == 2
+
+
+WRONG = {
+    "backbone": ({"backbones": ("minigru",)}, "backbones must be of mingru, .*, not 'minigru'"),
+    "none": ({"backbones": ()}, "backbones must name at least one"),
+    "preset": ({"preset": "fast"}, "preset must be of quick, paper, not 'fast'"),
+    "seeds": ({"seeds": 0}, "seeds must be at least 1, not 0"),
+    "workers": ({"workers": 0}, "workers must be at least 1, not 0"),
+    "gpus": ({"gpus": -1.0}, "gpus must be at least 0"),
+    "form": ({"more": ("steps",)}, "'steps' must be of the form name=value"),
+    "value": ({"vary": ("tokens=joint,wrong",)}, "tokens must be one of .*, not 'wrong'"),
+    "grid": ({"more": ("seed=3",)}, "seed is not for --set or --vary"),
+    "width": (
+        {"vary": ("width=8,16",), "match_parameters": True},
+        "width is chosen by --match-parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_impossible_is_refused_before_anything_is_made(case, tmp_path):
+    options, message = WRONG[case]
+    with pytest.raises(ConfigError, match=message):
+        plan(tmp_path / "study", tasks=("walker2d/medium",), **options)  # not made in these tests
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_unknown_setting_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plan(tmp_path, more=("widht=3",))
+    assert stopped.value.code == 2
+    assert "--widht" in capsys.readouterr().err
+
+
+def test_runs_with_other_settings_are_not_mixed(finished):
+    folder = finished.run_dir.parents[3]
+    assert plan(folder) == [finished]
+    with pytest.raises(ConfigError, match=r"mingru-s0 is a run with width 16, not 8: choose ano"):
+        plan(folder, more=("width=8",))
+    with pytest.raises(ConfigError, match="is a run with steps 12, not 20"):
+        plan(folder, more=("steps=20",))
+    with pytest.raises(ConfigError, match=r"with targets \[3600.0, 1800.0\], not \[3.0\]"):
+        plan(folder, more=("targets=3",))
+    assert len(plan(folder, more=("final-episodes=3", "device=auto"))) == 1
+
+
+def test_matched_runs_have_the_parameters_of_the_presets_mingru(hopper_id, tmp_path):
+    runs = plan(tmp_path, backbones=("mingru", "minlstm", "bc"), match_parameters=True)
+    data = load_dataset(hopper_id)
+    sizes = data.observations.shape[1], data.actions.shape[1]
+    mingru = TrajectoryModel(*sizes, runs[0].model)
+    expected = sum(parameter.numel() for parameter in mingru.parameters())
+    assert {run.match_parameters for run in runs} == {expected}
+
+
+def test_every_backbone_gets_the_same_windows_and_start_states(hopper_id, tmp_path, monkeypatch):
+    plain_windows, plain_reset = WindowSampler.windows, MujocoEnv.reset
+    windows, starts = [], []
+
+    def note_windows(self, step):
+        windows.append(plain_windows(self, step))
+        return windows[-1]
+
+    def note_reset(self, **options):
+        observation, info = plain_reset(self, **options)
+        starts.append(observation)
+        return observation, info
+
+    monkeypatch.setattr(WindowSampler, "windows", note_windows)
+    monkeypatch.setattr(MujocoEnv, "reset", note_reset)
+    seen = []
+    for run in plan(tmp_path, backbones=("mingru", "gru", "bc"), more=("steps=5",)):
+        windows.clear()
+        starts.clear()
+        assert carry_out(run)
+        begun = RunFolder(run.run_dir).read_config()
+        evaluations = results_of(run)[-1]
+        asked = [(row["target_return"], row["seed"], row["episodes"]) for row in evaluations]
+        seen.append((np.array(windows), np.array(starts), begun.targets, asked[:2]))
+    assert len(seen[0][0]) >= 5
+    assert len(seen[0][1]) >= 8
+    for other in seen[1:]:
+        np.testing.assert_array_equal(other[0], seen[0][0])
+        # The runs choose different best checkpoints, so their evaluations differ in number.
+        shared = min(len(other[1]), len(seen[0][1]))
+        np.testing.assert_array_equal(other[1][:shared], seen[0][1][:shared])
+        assert other[2:] == seen[0][2:]
+
+
+def remove_evaluations(run):
+    (run.run_dir / "evaluations.jsonl").unlink()
+
+
+def cut_the_last_evaluation(run):
+    path = run.run_dir / "evaluations.jsonl"
+    path.write_text(path.read_text()[:-30])
+
+
+def remove_the_last_picture(run):
+    (run.run_dir / "target_vs_return.png").unlink()
+
+
+def remove_the_last_score(run):
+    remove_evaluations(run)
+    folder = CheckpointFolder(run.run_dir / "checkpoints")
+    folder.set_score(12, None)
+
+
+def remove_checkpoints(run):
+    shutil.rmtree(run.run_dir / "checkpoints")
+
+
+def leave_half_a_configuration(run):
+    shutil.rmtree(run.run_dir)
+    run.run_dir.mkdir()
+    (run.run_dir / "config.json12ab.tmp").write_text("{")
+
+
+def damage_the_last_checkpoint(run):
+    file = run.run_dir / "checkpoints" / "step-00000012.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+STAGES = [
+    remove_evaluations,
+    cut_the_last_evaluation,
+    remove_the_last_picture,
+    remove_the_last_score,
+    remove_checkpoints,
+    leave_half_a_configuration,
+    damage_the_last_checkpoint,
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.parametrize("undo", STAGES)
+def test_a_run_that_lacks_anything_is_completed_to_the_same_result(finished, tmp_path, undo):
+    run = copy_of(finished, tmp_path)
+    assert is_done(run)
+    undo(run)
+    assert not is_done(run)
+    assert carry_out(run)
+    assert_same_results(run, finished)
+
+
+def test_a_finished_run_is_not_touched(finished):
+    files = [path for path in finished.run_dir.rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert carry_out(finished)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_evaluations_that_a_user_asked_for_are_kept(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    path = run.run_dir / "evaluations.jsonl"
+    lines = path.read_text().splitlines()
+    own = json.loads(lines[0]) | {"seed": 3}
+    path.write_text("\n".join([json.dumps(own), *lines[:-1], ""]))
+    forget_final_evaluations(RunFolder(run.run_dir), RunFolder(run.run_dir).read_config())
+    assert path.read_text() == json.dumps(own) + "\n"
+
+
+def carry_out_and_die(run, moment):
+    """Carry out a run in a fork that is killed when it opens or renames its moment-th file."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    moments, inside = iter(range(moment)), str(run.run_dir)
+
+    def die(event, arguments):
+        if event in ("open", "os.rename") and str(arguments[0]).startswith(inside):
+            if event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                return
+            if next(moments, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.stdout = sys.stderr = io.StringIO()
+    sys.addaudithook(die)
+    done = carry_out(run)
+    os._exit(0 if done else 1)
+
+
+def kill_at(moments, run, expected):
+    for moment in moments:
+        if carry_out_and_die(run, moment) == 0:
+            break
+        assert not is_done(run)
+    assert carry_out(run)
+    assert_same_results(run, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_again_and_again_it_comes_to_the_same_result(finished, tmp_path):
+    run = dataclasses.replace(finished, run_dir=tmp_path / "run")
+    kill_at((1, 9, 23, 31, 44), run, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_file_it_writes_it_comes_to_the_same_result(finished, tmp_path):
+    for moment in range(200):
+        run = dataclasses.replace(finished, run_dir=tmp_path / f"run-{moment}")
+        status = carry_out_and_die(run, moment)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        assert carry_out(run)
+        assert_same_results(run, finished)
+    assert 30 < moment < 199
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_shows_steps_scores_and_totals(finished):
+    folder = finished.run_dir.parents[3]
+    waiting = dataclasses.replace(finished, run_dir=finished.run_dir.with_name("x-s0"), steps=8)
+    log = io.StringIO()
+    progress = Progress([finished, waiting], [waiting], folder, log)
+    progress.show([waiting])
+    progress.show([waiting])
+    progress.ended(waiting, "out of memory")
+    progress.close()
+    lines = log.getvalue().splitlines()
+    name = waiting.run_dir.relative_to(folder).as_posix()
+    assert lines == [
+        f"2 runs in {folder}, 1 of them finished already",
+        f"started  {name}  step 0 of 8  [1 of 2 done, 1 running, 0 failed, time left ?]",
+        f"failed   {name}: out of memory",
+        "1 of 2 done, 0 running, 1 failed, time left ?",
+        f"FAILED   {name}: out of memory",
+    ]
+    terminal = Terminal()
+    progress = Progress([finished], [], folder, terminal)
+    progress.show([finished])
+    progress.show([])
+    score = RunFolder(finished.run_dir).read_metrics()[-1]["eval/1800/normalized_score_mean"]
+    shown = terminal.getvalue().splitlines()
+    assert shown[1].startswith("1 of 1 done, 1 running")
+    assert shown[2].endswith(f"mingru-s0  step 12 of 12  score {score:.1f}")
+    assert shown[3].startswith("\x1b[2F\x1b[J1 of 1 done, 0 running")
+
+
+def test_the_last_line_of_a_log_is_what_a_progress_bar_shows_last(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"data\n\r 1 %\r 2 %  \n\n")
+    assert last_line(log) == "2 %"
+    assert last_line(tmp_path / "none") == ""
+
+
+def test_a_finished_study_starts_nothing(finished, capsys):
+    folder = finished.run_dir.parents[3]
+    options = {"tasks": (TASK,), "backbones": ("mingru",), "seeds": 1, "set": SMALL}
+    assert study(StudyConfig(folder=folder, **options)) == 0
+    assert "1 runs in" in capsys.readouterr().out
+    assert not log_of(finished).exists()

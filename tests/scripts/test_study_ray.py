@@ -1,0 +1,133 @@
+import dataclasses
+import sys
+import time
+
+import pytest
+import torch
+
+ray = pytest.importorskip("ray")
+
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from minrl.agents.checkpoint import CheckpointFolder, load_weights  # noqa: E402
+from minrl.agents.trajectory import ModelConfig  # noqa: E402
+from minrl.errors import AdapterError, ConfigError  # noqa: E402
+from minrl.scripts.run_folder import RunFolder  # noqa: E402
+from minrl.scripts.study_ray import RayWorkers  # noqa: E402
+from minrl.scripts.study_run import is_done, log_of  # noqa: E402
+from minrl.scripts.train import train  # noqa: E402
+from minrl.scripts.train_config import TrainConfig  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+PATIENCE = 500  # seconds
+
+
+@pytest.fixture
+def cluster(datasets_path):
+    """A cluster of two nodes with one core each; the driver's node has none."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def make_runs(hopper_id, folder, number, **options):
+    base = TrainConfig(
+        dataset=(hopper_id,),
+        model=ModelConfig(width=16, num_layers=1),
+        batch_size=8,
+        eval_every=50,
+        eval_episodes=0,
+        final_episodes=0,
+        log_every=10,
+        device="cpu",
+    )
+    return [
+        dataclasses.replace(base, seed=seed, run_dir=folder / f"run-s{seed}", **options)
+        for seed in range(number)
+    ]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def step_of(run):
+    rows = RunFolder(run.run_dir).read_metrics()
+    return rows[-1]["step"] if rows else 0
+
+
+def weights_of(path):
+    folder = CheckpointFolder(path / "checkpoints")
+    return load_weights(folder.weights(folder.last()))[0]
+
+
+def test_all_runs_finish_when_a_node_dies(hopper_id, tmp_path, cluster):
+    runs = make_runs(hopper_id, tmp_path / "study", 3, steps=1000)
+    workers = RayWorkers(runs, cluster.address, cpus=1, gpus=0)
+    wait_until(lambda: sum(step_of(run) > 100 for run in runs) == 2)
+    assert len(workers.running) == 2
+    steps_before = [step_of(run) for run in runs]
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    ended = []
+
+    def all_ended():
+        ended.extend(workers.poll())
+        return not workers.is_busy
+
+    wait_until(all_ended)
+    assert [problem for _, problem in ended] == [None] * 3
+    assert all(is_done(run) for run in runs)
+    # The run that lost its node went on from a checkpoint: its log begins twice.
+    begun = [log_of(run).read_text().count("parameters, on cpu") for run in runs]
+    assert sorted(begun) == [1, 1, 2]
+    lost = begun.index(2)
+    assert steps_before[lost] > 100
+    train(dataclasses.replace(runs[lost], run_dir=tmp_path / "uninterrupted"))
+    expected = weights_of(tmp_path / "uninterrupted")
+    got = weights_of(runs[lost].run_dir)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_stopped_runs_save_and_failed_ones_say_why(hopper_id, tmp_path, cluster):
+    good, bad, waiting = make_runs(hopper_id, tmp_path / "study", 3, steps=1_000_000)
+    bad.run_dir.mkdir(parents=True)
+    (bad.run_dir / "mine.txt").write_text("in the way")
+    with pytest.warns(UserWarning, match="each run asks for 1 GPU, the cluster has 0"):
+        RayWorkers([], cluster.address, cpus=1, gpus=1)
+    workers = RayWorkers([good, bad, waiting], cluster.address, cpus=1, gpus=0)
+    ended = []
+
+    def bad_ended():
+        ended.extend(workers.poll())
+        return ended and step_of(good)
+
+    wait_until(bad_ended)
+    ((run, problem),) = ended
+    assert run == bad
+    assert "exists already" in problem
+    workers.stop()
+
+    def all_ended():
+        ended.extend(workers.poll())
+        return not workers.is_busy
+
+    wait_until(all_ended)
+    wait_until(lambda: "and saved" in log_of(good).read_text())
+    assert CheckpointFolder(good.run_dir / "checkpoints").last() >= step_of(good)
+
+
+def test_an_address_without_a_cluster_is_an_error():
+    with pytest.raises(ConfigError, match=r"no Ray cluster at 'auto'"):
+        RayWorkers([], "auto", cpus=1, gpus=0)
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(AdapterError, match=r"pip install 'minrl\[ray\]'"):
+        RayWorkers([], "auto", cpus=1, gpus=0)

@@ -1,0 +1,165 @@
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from minrl.agents.checkpoint import CheckpointFolder, load_weights
+from minrl.agents.trajectory import ModelConfig
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.study_run import carry_out, is_done, log_of
+from minrl.scripts.study_workers import LocalWorkers
+from minrl.scripts.train import train
+from minrl.scripts.train_config import TrainConfig
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from minrl.scripts.study import study
+from minrl.scripts.study_grid import StudyConfig
+options = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in json.loads(sys.argv[1]).items()
+}
+sys.exit(study(StudyConfig(**{**options, "folder": Path(options["folder"])})))
+"""
+PATIENCE = 120  # seconds; the machine may be busy
+
+
+def make_config(hopper_id, path, **options):
+    base = TrainConfig(
+        dataset=(hopper_id,),
+        model=ModelConfig(width=16, num_layers=1),
+        steps=600,
+        batch_size=8,
+        eval_every=100,
+        eval_episodes=0,
+        final_episodes=0,
+        log_every=10,
+        device="cpu",
+        run_dir=path,
+    )
+    return dataclasses.replace(base, **options)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def step_of(path):
+    rows = RunFolder(path).read_metrics()
+    return rows[-1]["step"] if rows else 0
+
+
+def weights_of(path):
+    folder = CheckpointFolder(path / "checkpoints")
+    return load_weights(folder.weights(folder.last()))[0]
+
+
+def start_study(folder, hopper_id, *, seeds, steps, workers):
+    small = "width=16 num-layers=1 batch-size=8 eval-every=500 eval-episodes=0 final-episodes=0"
+    options = {
+        "tasks": [hopper_id],
+        "backbones": ["mingru"],
+        "seeds": seeds,
+        "set": [*small.split(), "log-every=10", "device=cpu", f"steps={steps}"],
+        "workers": workers,
+        "folder": str(folder),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_worker_loses_no_run(hopper_id, tmp_path):
+    run = make_config(hopper_id, tmp_path / "study" / "run")
+    workers = LocalWorkers([run], workers=1, threads=1)
+    assert workers.poll() == []
+    wait_until(lambda: step_of(run.run_dir) > 120)
+    workers.processes[0][1].send_signal(signal.SIGKILL)
+    wait_until(lambda: workers.processes[0][1].poll() is not None)
+    ((ended, problem),) = workers.poll()
+    assert ended == run
+    assert problem.startswith("killed by SIGKILL; last line: ")
+    assert not workers.is_busy
+    assert not is_done(run)
+    assert CheckpointFolder(run.run_dir / "checkpoints").last() < 600
+    assert carry_out(run)
+    train(dataclasses.replace(run, run_dir=tmp_path / "uninterrupted"))
+    expected = weights_of(tmp_path / "uninterrupted")
+    assert all(torch.equal(weights_of(run.run_dir)[name], expected[name]) for name in expected)
+
+
+def test_a_failing_run_stops_no_other_and_is_named(hopper_id, tmp_path):
+    (tmp_path / hopper_id / "mingru-s0").mkdir(parents=True)
+    (tmp_path / hopper_id / "mingru-s0" / "mine.txt").write_text("in the way")
+    with start_study(tmp_path, hopper_id, seeds=2, steps=4, workers=2) as process:
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, errors
+    name = f"{hopper_id}/mingru-s0"
+    log = (tmp_path / f"{name}.log").read_text()
+    last = log.strip().splitlines()[-1]
+    assert "exists already" in last
+    assert f"FAILED   {name}: {last[:300]}" in output
+    assert "1 of 2 done, 0 running, 1 failed" in output
+    assert f"done     {hopper_id}/mingru-s1" in output
+    assert RunFolder(tmp_path / hopper_id / "mingru-s1").is_finished()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_all_workers_which_save(hopper_id, tmp_path, number):
+    paths = [tmp_path / hopper_id / f"mingru-s{seed}" for seed in (0, 1, 2)]
+    with start_study(tmp_path, hopper_id, seeds=3, steps=1_000_000, workers=2) as process:
+        wait_until(lambda: all(step_of(path) for path in paths[:2]))
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in output
+    assert not paths[2].exists()
+    for path in paths[:2]:
+        step = CheckpointFolder(path / "checkpoints").last()
+        assert step >= step_of(path)
+        assert f"stopped at step {step} and saved" in path.with_suffix(".log").read_text()
+
+
+def test_workers_save_and_stop_when_the_study_is_killed(hopper_id, tmp_path):
+    path = tmp_path / hopper_id / "mingru-s0"
+    with start_study(tmp_path, hopper_id, seeds=1, steps=1_000_000, workers=1) as process:
+        wait_until(lambda: step_of(path))
+        process.kill()
+    wait_until(lambda: "and saved" in path.with_suffix(".log").read_text())
+    assert CheckpointFolder(path / "checkpoints").last() >= step_of(path)
+
+
+def test_two_at_work_on_one_run_take_turns(hopper_id, tmp_path):
+    run = make_config(hopper_id, tmp_path / "run", steps=60)
+    pair = [LocalWorkers([run], workers=1, threads=1) for _ in range(2)]
+    ended = []
+
+    def both_ended():
+        ended.extend(outcome for workers in pair for outcome in workers.poll())
+        return len(ended) == 2
+
+    wait_until(both_ended)
+    assert ended == [(run, None)] * 2
+    rows = [row["step"] for row in RunFolder(run.run_dir).read_metrics() if "train/loss" in row]
+    assert rows == list(range(10, 61, 10))
+
+
+def test_a_worker_uses_the_threads_it_is_given(hopper_id, tmp_path):
+    run = make_config(hopper_id, tmp_path / "run", steps=4)
+    workers = LocalWorkers([run], workers=1, threads=1)
+    wait_until(lambda: workers.poll() == [(run, None)])
+    assert log_of(run).exists()
+    folder = CheckpointFolder(run.run_dir / "checkpoints")
+    assert folder.trainer_state(folder.last())["threads"] == 1
