@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train on offline data, evaluate, leave a run folder",
     "evaluate": "evaluate a trained run: returns, normalised scores, video",
     "study": "train every method on every task and seed, here or on a Ray cluster",
+    "report": "report on runs: tables, intervals, figures, as HTML, Markdown and JSON",
     "export": "write a trained agent as an ONNX or .pt2 file that runs without minrl",
     "datasets": "make, list, inspect, and import-d4rl datasets",
     "benchmark": "measure the scan, layers, acting, training or data against others",
@@ -98,6 +99,13 @@ def _study(arguments: list[str]) -> int:
     return _call(study, "study", arguments)
 
 
+def _report(arguments: list[str]) -> int:
+    from minrl.scripts.report import report
+
+    _call(report, "report", arguments)
+    return 0
+
+
 def _export(arguments: list[str]) -> int:
     from minrl.scripts.export import export_command
 
@@ -125,6 +133,7 @@ _RUN = {
     "train": _train,
     "evaluate": _evaluate,
     "study": _study,
+    "report": _report,
     "export": _export,
     "datasets": _datasets,
     "benchmark": _benchmark,

@@ -1,0 +1,1 @@
+"""What ``minrl report`` is made of: reading runs, statistics, tables, figures, pages."""

@@ -1,0 +1,271 @@
+"""Runs as a report sees them, read from the folders that training and outside agents leave."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minrl.agents.trajectory import TrajectoryModel
+from minrl.errors import CheckpointError, ConfigError
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.train_config import TrainConfig, flatten
+
+RUN_FILE, PEER_FILE = "config.json", "peer.json"
+
+
+@dataclass
+class Run:
+    """One finished run.
+
+    Attributes:
+        path: Where it is.
+        folder: The same below the folder that was asked for.
+        datasets: Ids.
+        environment: Gymnasium id, None if not known.
+        seed: Of the training.
+        steps: Training steps.
+        targets: Returns asked for, the one that scores are at first; None is "asks for none".
+        refresh_every: How it acts, see ``DecisionAgent``; None for outside agents.
+        evaluations: Of these targets: checkpoint, step, refresh_every, target, episodes, seed,
+            return_mean, return_std, and score, in percent of reference returns if there are any.
+        curve: "steps", "seconds" of training, and by target the evaluations while training.
+        seconds: Of training, without evaluations; None if not known.
+        parameters: Of the model; None if not known.
+        score_note: What its scores may be compared with.
+        versions: Of libraries, by name.
+        library: Whose code it is; None for ours.
+        note: What its author says of it.
+        settings: Everything it was configured with, in one level; empty for outside agents.
+        method: The name it goes by in the report.
+    """
+
+    path: Path
+    folder: str
+    datasets: tuple[str, ...]
+    environment: str | None
+    seed: int
+    steps: int
+    targets: tuple[float | None, ...]
+    refresh_every: int | None
+    evaluations: list[dict[str, Any]]
+    curve: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    parameters: int | None = None
+    score_note: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    library: str | None = None
+    note: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+
+
+class LeftOut(Exception):  # noqa: N818 - it is an answer, not an error
+    """A folder that is no finished run; the message says why."""
+
+
+def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[dict[str, str]]]:
+    """Read all runs in and below the folders.
+
+    Returns:
+        The finished runs, and for each folder left out its "folder" and the "reason".
+
+    Raises:
+        ConfigError: If a folder does not exist, or no finished run is found.
+    """
+    runs, left_out, seen = [], [], set()
+    for root in folders:
+        if not root.is_dir():
+            raise ConfigError(f"{root} is not a folder")
+        for path in sorted([*root.rglob(RUN_FILE), *root.rglob(PEER_FILE)]):
+            if path.resolve() in seen:  # the given folders may hold one another
+                continue
+            seen.add(path.resolve())
+            name = path.parent.relative_to(root).as_posix()
+            name = root.resolve().name if name == "." else name
+            try:
+                runs.append(read_run(path.parent, name))
+            except LeftOut as reason:
+                left_out.append({"folder": name, "reason": str(reason)})
+    if not runs:
+        reasons = "".join(f"\n  {item['folder']}: {item['reason']}" for item in left_out)
+        raise ConfigError(f"no finished run in {', '.join(map(str, folders))}{reasons}")
+    return runs, left_out
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read a run of ours or of an outside agent.
+
+    Raises:
+        LeftOut: If it is not finished, or cannot be read.
+    """
+    try:
+        return _read_peer(path, name) if (path / PEER_FILE).exists() else _read_ours(path, name)
+    except (ConfigError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise LeftOut(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_ours(path: Path, name: str) -> Run:
+    folder = RunFolder(path)
+    config = folder.read_config()
+    rows = folder.read_metrics()
+    reached = max((row["step"] for row in rows), default=0)
+    lines = _read_lines(path / "evaluations.jsonl")
+    if rows and reached < config.steps:
+        raise LeftOut(f"stopped at step {reached} of {config.steps}")
+    evaluations = _choose(lines, config, _best_step(rows, lines, config))
+    if not evaluations:
+        raise LeftOut("has no final evaluation at its last step: run minrl evaluate on it")
+    curve = _learning_curve(rows, config)
+    run = Run(
+        path=path,
+        folder=name,
+        datasets=config.dataset,
+        environment=config.environment,
+        seed=config.seed,
+        steps=config.steps,
+        targets=config.targets,
+        refresh_every=config.refresh_every,
+        evaluations=evaluations,
+        curve=curve,
+        seconds=_training_seconds(rows, [config.steps])[0],
+        settings=flatten(config),
+    )
+    _read_checkpoint(folder, run)
+    return run
+
+
+def _read_checkpoint(folder: RunFolder, run: Run) -> None:
+    """Fill in what only checkpoints tell, as far as there are any."""
+    with contextlib.suppress(CheckpointError, IndexError, KeyError, TypeError, RuntimeError):
+        header = folder.checkpoints.header(folder.checkpoints.steps()[-1])
+        run.score_note, run.versions = header["dataset"]["score_note"], header["versions"]
+        model = TrajectoryModel.from_description(header["model"])
+        run.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a line cut short by a crash
+            lines.append(json.loads(line))
+    return lines
+
+
+def _best_step(rows: list[dict], lines: list[dict], config: TrainConfig) -> int | None:
+    """Return the step with the highest return while training, the latest of equals.
+
+    Read from the metrics, since "best" in the evaluations is not repeated where it is the last.
+    """
+    tag = f"eval/{config.targets[0]:g}/return_mean"
+    scored = [(row[tag], row["step"]) for row in rows if tag in row]
+    if scored:
+        return max(scored)[1]
+    best = [line["step"] for line in lines if line["checkpoint"] == "best"]
+    return best[-1] if best else None
+
+
+def _choose(lines: list[dict], config: TrainConfig, best_step: int | None) -> list[dict[str, Any]]:
+    """Return one evaluation for each checkpoint, target and way of acting: the largest, the latest.
+
+    Evaluations of other environments, targets and steps than the run's are other experiments.
+    """
+    chosen: dict[tuple, dict[str, Any]] = {}
+    for checkpoint, step in (("last", config.steps), ("best", best_step)):
+        for line in lines:
+            acting = line.get("refresh_every", config.refresh_every)
+            of_this_run = line["step"] == step and line["target_return"] in config.targets
+            if of_this_run and line["environment_id"] == config.environment:
+                key = (checkpoint, line["target_return"], acting)
+                if key not in chosen or line["episodes"] >= chosen[key]["episodes"]:
+                    chosen[key] = _summarise(line, checkpoint, acting)
+    has_last = any(checkpoint == "last" for checkpoint, *_ in chosen)
+    return list(chosen.values()) if has_last else []
+
+
+def _summarise(line: dict, checkpoint: str, refresh_every: int | None) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint,
+        "step": line["step"],
+        "refresh_every": refresh_every,
+        "target": line["target_return"],
+        "episodes": line["episodes"],
+        "seed": line["seed"],
+        "return_mean": line["return_mean"],
+        "return_std": line["return_std"],
+        "score": line["normalized"]["mean"] if line["normalized"] else None,
+    }
+
+
+def _learning_curve(rows: list[dict], config: TrainConfig) -> dict[str, Any]:
+    curve: dict[str, Any] = {"targets": {}}
+    for target in config.targets:
+        tag = f"eval/{target:g}"
+        evaluated = {row["step"]: row for row in rows if f"{tag}/return_mean" in row}
+        if not evaluated:
+            continue
+        curve["steps"] = sorted(evaluated)
+        ordered = [evaluated[step] for step in curve["steps"]]
+        curve["targets"][f"{target:g}"] = {
+            "return": [row[f"{tag}/return_mean"] for row in ordered],
+            "score": [row.get(f"{tag}/normalized_score_mean") for row in ordered],
+        }
+    curve["seconds"] = _training_seconds(rows, curve.get("steps", []))
+    return curve
+
+
+def _training_seconds(rows: list[dict], steps: list[int]) -> list[float | None]:
+    """Return the seconds of training up to each step, from the speeds logged on the way."""
+    timed = {row["step"]: row["time/steps_per_s"] for row in rows if "time/steps_per_s" in row}
+    logged = [0, *sorted(timed)]
+    if len(logged) == 1:
+        return [None] * len(steps)
+    speeds = np.array([timed[step] for step in logged[1:]])
+    elapsed = np.concatenate([[0.0], np.cumsum(np.diff(logged) / speeds)])
+    return np.interp(steps, logged, elapsed).tolist()
+
+
+def _read_peer(path: Path, name: str) -> Run:
+    peer = json.loads((path / PEER_FILE).read_text())
+    evaluations = [_summarise(line, line["checkpoint"], None) for line in peer["evaluations"]]
+    if not any(evaluation["checkpoint"] == "last" for evaluation in evaluations):
+        raise LeftOut("has no evaluation of its last step")
+    datasets = peer["dataset"]
+    return Run(
+        path=path,
+        folder=name,
+        datasets=(datasets,) if isinstance(datasets, str) else tuple(datasets),
+        environment=peer["evaluations"][0]["environment_id"],
+        seed=peer["seed"],
+        steps=peer["steps"],
+        targets=tuple(dict.fromkeys(evaluation["target"] for evaluation in evaluations)),
+        refresh_every=None,
+        evaluations=evaluations,
+        seconds=peer.get("seconds"),
+        parameters=peer.get("parameters"),
+        library=peer["library"],
+        note=peer.get("note", ""),
+        method=peer["method"],
+    )
+
+
+def headline(run: Run, checkpoint: str, refresh_every: int | None = None) -> dict[str, Any] | None:
+    """Return the evaluation that stands for a run: at its first target, acting as trained.
+
+    Args:
+        run: The run.
+        checkpoint: "last" or "best".
+        refresh_every: Another way to act than the trained one.
+
+    Returns:
+        None if it was not evaluated so.
+    """
+    acting = run.refresh_every if refresh_every is None else refresh_every
+    wanted = checkpoint, acting, run.targets[0]
+    for evaluation in run.evaluations:
+        if (evaluation["checkpoint"], evaluation["refresh_every"], evaluation["target"]) == wanted:
+            return evaluation
+    return None

@@ -1,0 +1,223 @@
+"""What a report says and in which order, for the page and the Markdown file alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minrl.scripts.reports.cells import Table, counted, main_methods
+from minrl.scripts.reports.other_tables import (
+    ablation_table,
+    latency_table,
+    left_out_table,
+    published_table,
+)
+from minrl.scripts.reports.published import PUBLISHED
+from minrl.scripts.reports.score_tables import (
+    CHECKPOINTS,
+    asked_table,
+    improvement_table,
+    overview,
+    score_table,
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure by its name, and what it shows."""
+
+    name: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sentences, and short values, by what they are about."""
+
+    rows: list[tuple[str, str]]
+    values: list[tuple[str, str]]
+
+
+@dataclass
+class Section:
+    """A part of the report: paragraphs, then tables, pictures and facts."""
+
+    anchor: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    parts: list[Table | Picture | Facts] = field(default_factory=list)
+    others_work: bool = False
+
+
+CAPTIONS = {
+    "aggregates": "Interquartile means (strokes) with stratified bootstrap 95 % intervals (bars).",
+    "profiles": "Left: share of all runs above each score, the higher the better; bands: 95 % "
+    "intervals of ours. Right: the chance that a run of ours beats one of the rival on the same "
+    "task, with 95 % intervals.",
+    "curves-steps": "Evaluations while training at the first target, on the episodes that choose "
+    "the best checkpoint: mean and range over the seeds, against training steps.",
+    "curves-seconds": "The same against the time spent on training alone. Comparable as far as the "
+    "runs were trained on one machine in one state.",
+    "asked-got": "Mean return of the last checkpoints for each return asked for; dotted: as asked.",
+}
+
+
+def title_of(study: dict[str, Any]) -> str:
+    """Return the report's title."""
+    return "minrl study" if len(study["runs"]) > 1 else "minrl run"
+
+
+def lead_of(study: dict[str, Any]) -> str:
+    """Say in a sentence what the report is about."""
+    parts = (
+        (study["tasks"], "task"),
+        (main_methods(study), "method"),
+        (study["protocol"]["seeds"], "seed"),
+        (study["runs"], "run"),
+    )
+    return ", ".join(counted(items, what) for items, what in parts)
+
+
+def sections_of(study: dict[str, Any], figures: Sequence[str]) -> list[Section]:
+    """Return all sections that there is something to say in."""
+
+    def pictures(*names: str) -> list[Picture]:
+        return [Picture(name, CAPTIONS[name]) for name in names if name in figures]
+
+    glance = Section("glance", "At a glance", _findings(study))
+    glance.parts = [*_some(overview(study)), *pictures("aggregates")]
+    scores = Section("scores", "Scores by task")
+    scores.parts = [score_table(study, checkpoint) for checkpoint in CHECKPOINTS]
+    statistics = Section("statistics", "Methods against one another", [_statistics_text(study)])
+    statistics.parts = pictures("profiles")
+    statistics.parts += _some(improvement_table(study))
+    learning = Section("curves", "Learning curves")
+    learning.parts = pictures("curves-steps", "curves-seconds")
+    asked = Section("asked", "Return asked for, return got")
+    asked.parts = [*pictures("asked-got"), *_some(asked_table(study))]
+    cost = Section("latency", "Acting latency")
+    cost.parts = _some(latency_table(study))
+    choices = Section("ablations", "What each choice is worth")
+    choices.parts = _some(ablation_table(study))
+    left_out = Section("left-out", "Runs that are not in this report")
+    left_out.parts = _some(left_out_table(study))
+    sections = [glance, _protocol(study), scores, statistics, learning, asked, cost, choices]
+    sections = [section for section in [*sections, left_out] if section.parts]
+    return [*sections, _published()]
+
+
+def _some(table: Table | None) -> list[Table]:
+    return [] if table is None else [table]
+
+
+def _findings(study: dict[str, Any]) -> list[str]:
+    """Say in a sentence who is ahead, and who may be as good."""
+    if not study["comparisons"] or not study["comparisons"][0]["last"]:
+        return []
+    scores = study["comparisons"][0]["last"]
+    best = max(scores, key=lambda name: scores[name]["iqm"])
+    if len(scores) == 1 or scores[best]["iqm_interval"] is None:
+        return []
+    low, high = scores[best]["iqm_interval"]
+    equals = [name for name in scores if name != best and scores[name]["iqm"] >= low]
+    text = (
+        f"Highest interquartile mean of last checkpoints: {best}, {scores[best]['iqm']:.1f} % "
+        f"(95 % interval {low:.1f} to {high:.1f}). "
+    )
+    return [
+        text
+        + (f"Inside its interval: {', '.join(equals)}." if equals else "Nobody else is inside.")
+    ]
+
+
+def _protocol(study: dict[str, Any]) -> Section:
+    protocol = study["protocol"]
+    notes = [note for note in protocol["score_notes"] if note]
+    rows = [
+        ("data", _data(study)),
+        ("targets", _targets(study)),
+        ("evaluation", _evaluation(protocol)),
+    ]
+    if protocol["unexpected_seeds"]:
+        named = ", ".join(protocol["unexpected_seeds"])
+        rows.append(("other episodes", f"Evaluated on other start states than that: {named}."))
+    versions = "; ".join(f"{k} {', '.join(v)}" for k, v in protocol["versions"].items())
+    rows.append(("versions", versions or "not recorded: no checkpoint is in the run folders"))
+    rows.append(("report made on", study["machine"]))
+    values = [("seeds", ", ".join(map(str, protocol["seeds"])))]
+    for title, settings in protocol["settings"].items():
+        if set(settings) - {"None"}:
+            values.append((title, _values(settings)))
+    text = (
+        "Printed from the configurations that the runs were made with. Scores are percent of "
+        "D4RL's reference returns: 0 is a random policy, 100 an expert."
+    )
+    if not notes or not all(note.startswith("D4RL-v2") for note in notes):
+        text += (
+            " On embedded or Minari data in v5 environments they are a common yardstick, not "
+            "D4RL-v2 scores, and may not be compared with published D4RL tables."
+        )
+    return Section("protocol", "Protocol", [text], [Facts(rows, values)])
+
+
+def _data(study: dict[str, Any]) -> str:
+    by_note: dict[str | None, list[str]] = {}
+    for task in study["tasks"]:
+        by_note.setdefault(task["score_note"], []).append(task["id"])
+    listed = (
+        f"{', '.join(ids)}: {note or 'origin not recorded, no checkpoint is in the run folders'}"
+        for note, ids in by_note.items()
+    )
+    return "; ".join(listed)
+
+
+def _targets(study: dict[str, Any]) -> str:
+    tasks: dict[str, list[str]] = {}
+    for task in study["tasks"]:
+        targets = ", ".join(f"{target:g}" for target in task["targets"] if target is not None)
+        tasks.setdefault(targets, []).append(task["label"])
+    listed = "; ".join(f"{targets} ({', '.join(labels)})" for targets, labels in tasks.items())
+    return f"{listed}. Fixed before training; scores are at the first."
+
+
+def _evaluation(protocol: dict[str, Any]) -> str:
+    return (
+        f"{' or '.join(map(str, protocol['episodes']))} episodes for each target at the end, their "
+        f"start states drawn with seed {protocol['final_seed']} + the run's seed. The best "
+        "checkpoint is the one with the highest mean return at the first target while training, on "
+        f"other episodes (seed {protocol['selection_seed']} + the run's seed): nothing is chosen "
+        "on the episodes that are reported."
+    )
+
+
+def _values(values: dict[str, list[str]]) -> str:
+    """Return what a setting was: one value, or the most common one and who differs from it."""
+    if len(values) == 1:
+        return next(iter(values))
+    usual = max(values, key=lambda value: len(values[value]))
+    others = [f"{value} ({'; '.join(who)})" for value, who in values.items() if value != usual]
+    return " / ".join([usual, *others])
+
+
+def _statistics_text(study: dict[str, Any]) -> str:
+    if not study["comparisons"]:
+        return "No task has a score of every method."
+    comparison = study["comparisons"][0]
+    labels = ", ".join(study["tasks"][task]["label"] for task in comparison["tasks"])
+    text = (
+        f"Over the tasks that all the methods compared have: {labels}. Statistics after Agarwal et "
+        "al. (arXiv 2108.13264): intervals are percentiles of a bootstrap that draws runs within "
+        "each task and does not draw tasks."
+    )
+    if any(values["iqm_interval"] is None for values in comparison["last"].values()):
+        text += " A method with a single seed on some task has no interval."
+    return text
+
+
+def _published() -> Section:
+    text = [
+        "Copied from other people's papers and repositories, for orientation. D4RL gym -v2 data "
+        "and their own rules for choosing checkpoints and targets: these numbers are not "
+        "comparable with those above, nor always with one another."
+    ]
+    tables = [published_table(table) for table in PUBLISHED]
+    return Section("published", "Published elsewhere, not measured here", text, tables, True)

@@ -1,0 +1,98 @@
+"""How long trained agents take to act in one environment, measured in turns."""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minrl.agents.decision_agent import DecisionAgent
+from minrl.scripts.benchmarks.machine import device_name
+from minrl.scripts.benchmarks.measuring import Clock, Contestant, Prepared, compete
+from minrl.scripts.reports.collect import Run
+from minrl.scripts.reports.comparison import way_to_act
+from minrl.scripts.reports.methods import MEMORYLESS, Method
+
+SECONDS = 1.0  # of calls of each agent
+MOST_ROUNDS = 1000
+EPISODE = 1000  # steps, after which it starts again
+RECURRENT, WINDOWED = 0, 1
+
+
+def measure_latency(
+    runs: Sequence[Run], methods: Sequence[Method], seconds: float = SECONDS
+) -> dict[str, Any]:
+    """Time ``DecisionAgent.act`` of one run of each method, for one environment, on the CPU.
+
+    Each acts in the way it was trained for, and those with a memory in the other way too: with a
+    state that is carried along (recurrent; of a Transformer, cached keys and values), and from the
+    last steps at every step (windowed).
+
+    Args:
+        runs: With checkpoints, or they are shown as missing.
+        methods: Which ones; those with changes of settings and outside agents are passed over.
+        seconds: Of calls of each.
+
+    Returns:
+        "device", "threads", and "rows": method, way of acting, whether it is the one trained for,
+        median and p95 in seconds, rounds; or "missing", why it could not be measured.
+    """
+    contestants, rows = [], []
+    commonest = Counter(run.datasets for run in runs).most_common(1)[0][0]
+    for method in methods:
+        if method.library is not None or method.changes:
+            continue
+        of_method = [run for run in runs if run.method == method.name]
+        run = next((run for run in of_method if run.datasets == commonest), of_method[0])
+        trained_for = run.refresh_every
+        ways = {trained_for} if method.family in MEMORYLESS else {trained_for, RECURRENT, WINDOWED}
+        for way in sorted(ways, key=lambda way, trained_for=trained_for: way != trained_for):
+            prepare = functools.partial(_prepare, run.path, way)
+            contestants.append(Contestant(f"{method.name} {way}", prepare))
+            acting = way_to_act(way, method.family)
+            rows.append({"method": method.name, "acting": acting, "as_trained": way == trained_for})
+    clock = Clock(torch.device("cpu"))
+    outcomes = compete(
+        contestants,
+        None,
+        clock,
+        seconds=seconds,
+        most_rounds=MOST_ROUNDS,
+        measure_memory=False,
+    )
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if outcome.missing is not None:
+            row["missing"] = outcome.missing
+            continue
+        row["rounds"] = len(outcome.seconds)
+        row["median"], row["p95"] = np.quantile(outcome.seconds, (0.5, 0.95)).tolist()
+    return {"device": device_name(clock.device), "threads": torch.get_num_threads(), "rows": rows}
+
+
+def _prepare(folder: Path, refresh_every: int, _case: None) -> Prepared:
+    """Return the steps of an agent that has its window full already."""
+    agent = DecisionAgent.load(folder)
+    agent.refresh_every = refresh_every
+    random = np.random.default_rng(0)
+    mean, std = (x.numpy() for x in (agent.model.observation_mean, agent.model.observation_std))
+    observations = random.normal(mean, std, (EPISODE, len(mean))).astype(np.float32)
+    taken = 0
+
+    def step() -> None:
+        nonlocal taken
+        agent.act(observations[taken % EPISODE], 1.0)
+        taken += 1
+
+    def restart() -> None:  # so that no agent acts beyond what it was trained on
+        if taken and taken % EPISODE == 0:
+            agent.reset()
+            for _ in range(agent.context):
+                step()
+
+    agent.reset()
+    for _ in range(agent.context):
+        step()
+    return Prepared(step, restart)

@@ -1,0 +1,137 @@
+import dataclasses
+import json
+
+import pytest
+
+from minrl.errors import ConfigError
+from minrl.scripts.reports.collect import find_runs, headline
+from minrl.scripts.reports.methods import name_methods
+from minrl.scripts.train_config import paper
+
+
+def read(*folders):
+    runs, left_out = find_runs(folders)
+    return {run.folder.split("/")[-1]: run for run in runs}, left_out
+
+
+def score(run, checkpoint, refresh_every=None):
+    found = headline(run, checkpoint, refresh_every)
+    return found and pytest.approx(found["score"])
+
+
+def test_last_and_best_are_told_apart(write_run, tmp_path):
+    write_run("falls-s0", lambda step: 50.0 - step)
+    write_run("rises-s0", lambda step: 10.0 * step)
+    runs, _ = read(tmp_path)
+    assert (score(runs["falls-s0"], "last"), score(runs["falls-s0"], "best")) == (46.0, 48.0)
+    # Where the last checkpoint is the best, the evaluations do not repeat it.
+    assert (score(runs["rises-s0"], "last"), score(runs["rises-s0"], "best")) == (40.0, 40.0)
+
+
+def test_only_the_last_step_counts_and_the_largest_evaluation_of_it(write_run, tmp_path):
+    also = [
+        ("last", 4, 3600.0, 7.0, 0, 9),
+        ("last", 4, 3600.0, 99.0, 0, 2),
+        ("last", 2, 3600.0, 98.0, 0, 50),
+        ("last", 4, 7200.0, 97.0, 0, 50),
+        ("last", 4, 3600.0, 55.0, 1, 3),
+    ]
+    write_run(also=also)
+    runs, _ = read(tmp_path)
+    run = runs["mingru-s0"]
+    assert score(run, "last") == 7.0
+    assert headline(run, "last")["episodes"] == 9
+    assert score(run, "last", refresh_every=1) == 55.0
+    assert {evaluation["target"] for evaluation in run.evaluations} == {3600.0, 1800.0}
+
+
+def test_training_seconds_add_up_the_logged_speeds(write_run, tmp_path):
+    path = write_run()
+    rows = [{"step": 1, "time/steps_per_s": 0.5}, {"step": 4, "time/steps_per_s": 6.0}]
+    curve = [{"step": 2, "eval/3600/return_mean": 1.0}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + curve))
+    run = read(tmp_path)[0]["mingru-s0"]
+    assert run.seconds == pytest.approx(1 / 0.5 + 3 / 6.0)
+    assert run.curve["seconds"] == pytest.approx([1 / 0.5 + 1 / 6.0])
+
+
+def test_what_is_not_a_finished_run_is_left_out_and_named(write_run, tmp_path):
+    write_run("sound-s0")
+    stopped = write_run("stopped-s0")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < 4]
+    (stopped / "metrics.jsonl").write_text("".join(kept))
+    (write_run("damaged-s0") / "config.json").write_text("{")
+    (write_run("unevaluated-s0") / "evaluations.jsonl").unlink()
+    runs, left_out = read(tmp_path)
+    reasons = {item["folder"].split("/")[-1]: item["reason"] for item in left_out}
+    assert list(runs) == ["sound-s0"]
+    assert "step 3 of 4" in reasons["stopped-s0"]
+    assert "cannot be read" in reasons["damaged-s0"]
+    assert "minrl evaluate" in reasons["unevaluated-s0"]
+
+
+def test_a_run_is_found_once_however_it_is_named(write_run, tmp_path):
+    path = write_run()
+    runs, _ = find_runs([tmp_path, path, path.parent])
+    assert len(runs) == 1
+
+
+def test_nothing_to_report_says_why(write_run, tmp_path):
+    (write_run() / "evaluations.jsonl").unlink()
+    with pytest.raises(ConfigError, match="no final evaluation"):
+        find_runs([tmp_path])
+    with pytest.raises(ConfigError, match="not a folder"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_outside_agents_are_read_from_their_file(write_peer, tmp_path):
+    write_peer("iql-s0", 61.0)
+    run = read(tmp_path)[0]["iql-s0"]
+    assert (run.method, run.library, run.targets) == ("d3rlpy IQL", "d3rlpy 2.8.1", (None,))
+    assert score(run, "last") == 61.0
+    assert headline(run, "best") is None
+
+
+def names(*folders):
+    runs, _ = find_runs(folders)
+    methods = name_methods(runs)
+    return {run.folder.split("/")[-1]: run.method for run in runs}, [m.name for m in methods]
+
+
+def test_methods_are_named_by_backbone_and_by_what_is_unusual(write_run, write_peer, tmp_path):
+    write_run("mingru-s0")
+    write_run("mingru-s1", seed=1)
+    write_run("mingru-tokens-s0", model={"tokens": "interleaved"})
+    write_run("minlstm-s0", backbone="minlstm")
+    write_run("bc-s0", backbone="mlp")
+    write_run("bc10-s0", backbone="mlp", best_fraction=0.1)
+    write_peer("iql-s0", 61.0)
+    by_run, order = names(tmp_path)
+    assert by_run["mingru-s1"] == "mingru"
+    assert by_run["mingru-tokens-s0"] == "mingru, tokens=interleaved"
+    expected = ["mingru", "mingru, tokens=interleaved", "minlstm", "BC", "10 % BC", "d3rlpy IQL"]
+    assert order == expected
+
+
+def test_settings_that_belong_to_the_task_or_the_match_do_not_name_a_method(write_run, tmp_path):
+    for dataset in ("minrl/hopper/medium-v0", "minrl/walker2d/medium-replay-v0"):
+        config = paper((dataset,))
+        for seed in (0, 1):
+            write_run(
+                f"mingru-s{seed}",
+                dataset=dataset,
+                seed=seed,
+                preset="paper",
+                optimization=config.optimization,
+                model=dataclasses.asdict(config.model),
+            )
+    write_run("gru-s0", backbone="gru", match_parameters=1000, model={"width": 8})
+    write_run("gru-s1", backbone="gru", match_parameters=1000, model={"width": 9}, seed=1)
+    assert names(tmp_path)[1] == ["mingru", "gru"]
+
+
+def test_one_variant_against_one_usual_run_is_decided_by_the_preset(write_run, tmp_path):
+    write_run("a-s0", context=3)
+    write_run("b-s0")
+    assert names(tmp_path)[0] == {"a-s0": "mingru, context=3", "b-s0": "mingru"}

@@ -1,0 +1,126 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from minrl.scripts.reports.statistics import (
+    bootstrap_interval,
+    interquartile_mean,
+    mean_over_tasks,
+    performance_profile,
+    probability_of_improvement,
+)
+
+# By task, runs; multiples of 1/8 are summed without rounding, whatever the order.
+SHAPES = ((3, 3, 3), (5, 4, 7))
+
+
+def scores_of(shape, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 800, size=runs) / 8 for runs in shape]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_interquartile_mean_leaves_out_a_quarter_at_either_end(shape):
+    scores = scores_of(shape)
+    ordered = sorted(score for task in scores for score in task)
+    cut = int(0.25 * len(ordered))
+    middle = ordered[cut : len(ordered) - cut]
+    assert interquartile_mean(scores) == sum(middle) / len(middle)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_profile_is_the_share_of_runs_above_each_threshold(shape):
+    scores = scores_of(shape)
+    thresholds = np.array([0.0, 20.0, scores[0][0], 60.0, 100.0])
+    expected = [
+        sum(sum(score > limit for score in task) / len(task) for task in scores) / len(scores)
+        for limit in thresholds
+    ]
+    np.testing.assert_allclose(performance_profile(scores, thresholds), expected, rtol=1e-12)
+
+
+def test_probability_of_improvement_counts_pairs_and_half_of_ties():
+    ours, rival = [np.array([1.0, 2.0, 2.0]), np.array([5.0, 1.0])], [np.array([2.0, 0.0]), [3.0]]
+    rival = [np.array(task) for task in rival]
+    by_task = [
+        sum((a > b) + 0.5 * (a == b) for a in own for b in other) / (len(own) * len(other))
+        for own, other in zip(ours, rival, strict=True)
+    ]
+    assert probability_of_improvement(ours, rival) == sum(by_task) / 2
+    assert probability_of_improvement(ours, ours) == 0.5
+
+
+def test_the_interval_is_that_of_all_possible_draws():
+    scores = [np.array([1.0, 2.0, 4.0]), np.array([0.0, 3.0, 9.0])]
+    draws = [list(itertools.product(task, repeat=3)) for task in scores]
+    means = [(sum(a) / 3 + sum(b) / 3) / 2 for a, b in itertools.product(*draws)]
+    low, high = bootstrap_interval(mean_over_tasks, scores, repetitions=20_000)
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.1)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.1)
+
+
+def test_a_single_run_of_some_task_has_no_interval():
+    assert bootstrap_interval(mean_over_tasks, [np.array([1.0, 2.0]), np.array([3.0])]) is None
+
+
+def test_the_same_runs_give_the_same_interval():
+    scores = scores_of((3, 3))
+    assert bootstrap_interval(mean_over_tasks, scores) == bootstrap_interval(
+        mean_over_tasks, scores
+    )
+
+
+# Against rliable: point estimates are equal; intervals, which are drawn, agree to a percent point.
+PERCENT_POINT = 1.0
+
+
+@pytest.fixture
+def rliable():
+    pytest.importorskip("rliable")
+    from rliable import library, metrics
+
+    np.random.seed(0)
+    return library, metrics
+
+
+@pytest.mark.parametrize("name", ["aggregate_iqm", "aggregate_mean"])
+def test_aggregates_agree_with_rliable(rliable, name):
+    library, metrics = rliable
+    ours = {"aggregate_iqm": interquartile_mean, "aggregate_mean": mean_over_tasks}[name]
+    scores = scores_of((5,) * 6)
+    points, intervals = library.get_interval_estimates(
+        {"method": np.array(scores).T},
+        lambda runs: np.array([getattr(metrics, name)(runs)]),
+        reps=2000,
+    )
+    assert ours(scores) == points["method"][0]
+    found = bootstrap_interval(ours, scores)
+    np.testing.assert_allclose(found, intervals["method"][:, 0], atol=PERCENT_POINT)
+
+
+def test_probability_of_improvement_agrees_with_rliable(rliable):
+    library, metrics = rliable
+    ours, rival = scores_of((4,) * 4), scores_of((4,) * 4, seed=1)
+    rival[0][:2] = ours[0][:2]  # ties
+    points, intervals = library.get_interval_estimates(
+        {"pair": (np.array(ours).T, np.array(rival).T)},
+        lambda x, y: np.array([metrics.probability_of_improvement(x, y)]),
+        reps=400,
+    )
+    assert probability_of_improvement(ours, rival) == points["pair"][0]
+    found = bootstrap_interval(probability_of_improvement, ours, rival)
+    np.testing.assert_allclose(found, intervals["pair"][:, 0], atol=PERCENT_POINT / 25)
+
+
+def test_profiles_agree_with_rliable(rliable):
+    library, _ = rliable
+    scores, thresholds = scores_of((4,) * 6), np.linspace(0, 100, 11)
+    points, intervals = library.create_performance_profile(
+        {"method": np.array(scores).T}, thresholds, reps=500
+    )
+    np.testing.assert_allclose(
+        performance_profile(scores, thresholds), points["method"], rtol=1e-12
+    )
+    found = bootstrap_interval(lambda drawn: performance_profile(drawn, thresholds), scores)
+    np.testing.assert_allclose(found, intervals["method"], atol=1 / 24)
