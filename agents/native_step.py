@@ -275,8 +275,9 @@ def _weights(model: TrajectoryModel) -> list[Tensor]:
 
 def _constants(model: TrajectoryModel) -> list[Tensor]:
     room = LARGEST * model.observation_std
+    timesteps = [] if model.embed_timestep is None else [model.embed_timestep.weight]
     return [
-        model.embed_timestep.weight,
+        *timesteps,
         model.observation_mean - room,
         model.observation_mean + room,
         model.observation_mean,

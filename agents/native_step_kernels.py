@@ -223,8 +223,8 @@ def _make_block(recur, parts, convolved):
 
 @fused
 def embed_timestep(x, stride, rows, width, timesteps, earlier, last, table):
-    """Add the embeddings of the timesteps, or of those before them, to x."""
-    for row in range(rows):
+    """Add the embeddings of the timesteps, or those before them, to x; the last of none is -1."""
+    for row in range(rows if last >= 0 else 0):
         time = np.int64(timesteps[row]) - earlier
         time = time if time > 0 else 0
         time = time if time < last else last

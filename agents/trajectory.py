@@ -68,8 +68,10 @@ class ModelConfig:
     """transformer only: heads of the attention."""
     attention_context: int | None = None
     """transformer only: steps that it looks back on; by default those of a training window."""
-    max_timestep: int = 1000
-    """Timesteps with an embedding of their own; later ones share the last."""
+    max_timestep: int = 0
+    """Timesteps with an embedding of their own, 1000 in the papers; later ones share the last. With
+    none the model does not see the time: late steps, which few episodes come to, are learned by
+    heart with it."""
     return_scale: float | None = None
     """Returns-to-go are divided by this; by default 1000, as in the papers, or in training on other
     tasks than theirs the largest return in the data."""
@@ -92,7 +94,7 @@ class ModelConfig:
             ("mlp_ratio", 0),
             ("convolution", 0),
             ("num_heads", 1),
-            ("max_timestep", 1),
+            ("max_timestep", 0),
         ):
             if getattr(self, name) < least:
                 found.append(f"{name} must be at least {least}, not {getattr(self, name)}")
@@ -141,6 +143,8 @@ class TrajectoryModel(nn.Module):
             self.embed_return = nn.Linear(1, config.width)
             # Without a bias a joint token shows "no action yet" and mid-range as zero.
             self.embed_action = nn.Linear(action_size, config.width, bias=interleaved)
+        self.embed_timestep = None
+        if config.tokens != "observation" and config.max_timestep:
             self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
             nn.init.normal_(self.embed_timestep.weight, std=0.02)
         self.embedding_norm = nn.LayerNorm(config.width)
@@ -286,8 +290,7 @@ class TrajectoryModel(nn.Module):
         if self.config.tokens == "observation":
             return observed
         batch, length, _ = observations.shape
-        last = self.config.max_timestep - 1
-        now = self.embed_timestep(timesteps.clamp(0, last))  # B T D
+        now = self._embed_timesteps(timesteps)
         seen = self.embed_action((previous - self.action_middle) / self.action_reach)
         if self.training and action_dropout:
             hidden = torch.rand(batch, length, 1, device=seen.device) < action_dropout
@@ -297,9 +300,14 @@ class TrajectoryModel(nn.Module):
             if resets is not None:
                 seen = seen.masked_fill(resets.unsqueeze(-1), 0.0)
             return seen + returns + observed + now
-        before = self.embed_timestep((timesteps - 1).clamp(0, last))
+        before = self._embed_timesteps(timesteps - 1)
         tokens = [seen + before, returns + now, observed + now]
         return torch.stack(tokens, dim=2).flatten(1, 2)
+
+    def _embed_timesteps(self, timesteps: Tensor) -> Tensor | float:
+        if self.embed_timestep is None:
+            return 0.0
+        return self.embed_timestep(timesteps.clamp(0, self.config.max_timestep - 1))  # B T D
 
     def _spread(self, mask: Tensor) -> Tensor:
         """Spread the mask of steps, (B, T), over their tokens."""

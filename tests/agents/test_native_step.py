@@ -17,6 +17,7 @@ from minrl.agents.trajectory import ModelConfig
 KINDS = {
     "joint": {},
     "interleaved": {"tokens": "interleaved", "width": 40, "mlp_ratio": 2},
+    "timeless": {"max_timestep": 0},
     "minlstm-convolution": {"tokens": "interleaved", "backbone": "minlstm", "convolution": 4},
 }
 # Each needs code of its own, some ten seconds of compiling.

@@ -23,6 +23,7 @@ KINDS = {
         "num_heads": 2,
     },
     "joint-mamba": {"tokens": "joint", "backbone": "mamba", "expansion": 2},
+    "interleaved-timeless": {"tokens": "interleaved", "max_timestep": 0},
     "joint-lstm": {"tokens": "joint", "backbone": "lstm"},
     "observation-mlp": {"tokens": "observation", "backbone": "mlp"},
 }
@@ -32,7 +33,8 @@ B, T, O, A = 3, 20, 5, 2
 
 def make(kind, **options):
     torch.manual_seed(0)
-    config = ModelConfig(width=16, num_layers=2, max_timestep=15, **KINDS[kind], **options)
+    config = {"width": 16, "num_layers": 2, "max_timestep": 15, **KINDS[kind], **options}
+    config = ModelConfig(**config)
     model = TrajectoryModel(O, A, config).double().eval()
     model.action_low.copy_(torch.tensor([-1.0, -3.0]))
     model.action_high.copy_(torch.tensor([1.0, 7.0]))
