@@ -30,7 +30,7 @@ PAPER_TASKS = {
 PAPER_DEFAULT = (128, 1e-3)
 
 # What is usual with a backbone: Mamba's released code expands by 2, a transformer knows the order
-# of its tokens from their timesteps alone, and who clones behaviour sees nothing but the observation.
+# of its tokens from their timesteps alone, and who clones behaviour sees only the observation.
 MODEL_SETTINGS = {
     "mamba": {"expansion": 2},
     "transformer": {"max_timestep": 1000},

@@ -288,9 +288,9 @@ WRONG = {
     "no-steps": ({"steps": 0}, ConfigError, "steps must be at least 1, not 0"),
     "held-out": ({"held_out": 1.0}, ConfigError, "held-out must be between 0 and 1, not 1.0"),
     "backbone": (
-        {"model": ModelConfig(backbone="lstm")},
+        {"model": ModelConfig(backbone="rwkv")},
         ConfigError,
-        "backbone must be one of mingru, minlstm, not 'lstm'",
+        "backbone must be one of mingru, minlstm, .*, mlp, not 'rwkv'",
     ),
     "dataset": ({"dataset": ("../x",)}, DatasetError, "malformed dataset id '../x'"),
     "near": (
