@@ -48,8 +48,10 @@ COLOURS = {
     "minlstm": "tab:orange",
     "backbone": "tab:green",
 }
-RECALL = Config(num_envs=32, num_steps=64, hidden_size=64, total_steps=100_000)
-BASE = replace(RECALL, learning_rate=1e-3, gae_lambda=0.95)
+RECALL = Config(num_envs=32, num_steps=64, hidden_size=64, total_steps=150_000)
+BASE = replace(
+    RECALL, learning_rate=1e-3, anneal=True, gae_lambda=0.95, memory=10, total_steps=150_000
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,6 @@ TASKS = {
             memory=20,
             gae_lambda=0.9,
             entropy_coefficient=0.0,
-            anneal=True,
             total_steps=200_000,
         ),
     ),
@@ -89,7 +90,7 @@ TASKS = {
     ),
     "count-recall": Task(
         "POPGym CountRecallEasy",
-        replace(BASE, environment="popgym:popgym-CountRecallEasy-v0"),
+        replace(BASE, environment="popgym:popgym-CountRecallEasy-v0", memory=100),
     ),
     "hopper": Task(
         "Hopper, no velocities (short)",
@@ -99,6 +100,7 @@ TASKS = {
             hide_velocities=True,
             normalize=True,
             learning_rate=3e-4,
+            memory=20,
             entropy_coefficient=0.0,
             total_steps=60_000,
         ),

@@ -121,7 +121,9 @@ def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
     Ollivier 2018, arXiv 1804.11188). The same for all cores, so that they are compared fairly.
     """
     if name == "backbone":
-        core = Backbone(size, num_layers)
+        # With a short convolution, as in the papers: gates that look at the input alone cannot tell
+        # what came four steps ago from what came three.
+        core = Backbone(size, num_layers, convolution=4)
         cells = [block.mixer.cell for block in core.blocks]
     else:
         cell = {"gru": nn.GRU, "lstm": nn.LSTM, "mingru": MinGRU, "minlstm": MinLSTM}[name]
