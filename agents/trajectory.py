@@ -68,10 +68,9 @@ class ModelConfig:
     """transformer only: heads of the attention."""
     attention_context: int | None = None
     """transformer only: steps that it looks back on; by default those of a training window."""
-    max_timestep: int = 0
-    """Timesteps with an embedding of their own, 1000 in the papers; later ones share the last. With
-    none the model does not see the time: late steps, which few episodes come to, are learned by
-    heart with it."""
+    max_timestep: int = 1000
+    """Timesteps with an embedding of their own; later ones share the last. With 0 there is none,
+    and the model does not see the time."""
     return_scale: float | None = None
     """Returns-to-go are divided by this; by default 1000, as in the papers, or in training on other
     tasks than theirs the largest return in the data."""
@@ -138,13 +137,14 @@ class TrajectoryModel(nn.Module):
         if config.backbone == "transformer":
             steps = config.attention_context or DEFAULT_ATTENTION_CONTEXT
             options["context"] = steps * (3 if interleaved else 1)
+        sees_all = config.tokens != "observation"
+        self.embed_return = nn.Linear(1, config.width) if sees_all else None
         self.embed_observation = nn.Linear(observation_size, config.width)
-        if config.tokens != "observation":
-            self.embed_return = nn.Linear(1, config.width)
+        self.embed_action = self.embed_timestep = None
+        if sees_all:
             # Without a bias a joint token shows "no action yet" and mid-range as zero.
             self.embed_action = nn.Linear(action_size, config.width, bias=interleaved)
-        self.embed_timestep = None
-        if config.tokens != "observation" and config.max_timestep:
+        if sees_all and config.max_timestep:
             self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
             nn.init.normal_(self.embed_timestep.weight, std=0.02)
         self.embedding_norm = nn.LayerNorm(config.width)

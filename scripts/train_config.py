@@ -29,13 +29,9 @@ PAPER_TASKS = {
 }
 PAPER_DEFAULT = (128, 1e-3)
 
-# What is usual with a backbone: Mamba's released code expands by 2, a transformer knows the order
-# of its tokens from their timesteps alone, and who clones behaviour sees only the observation.
-MODEL_SETTINGS = {
-    "mamba": {"expansion": 2},
-    "transformer": {"max_timestep": 1000},
-    "mlp": {"tokens": "observation"},
-}
+# What is usual with a backbone: Mamba's released code expands by 2, and who clones behaviour sees
+# the observation alone.
+MODEL_SETTINGS = {"mamba": {"expansion": 2}, "mlp": {"tokens": "observation"}}
 
 # A transformer is trained on windows, and acts on them (Decision Transformer, arXiv 2106.01345).
 REFRESH_EVERY = {"transformer": 1}
@@ -206,7 +202,7 @@ def quick(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru
 def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru") -> TrainConfig:
     """Return the published recipe: Decision Mamba's, width and rate by task."""
     width, learning_rate = PAPER_TASKS.get(task_of(dataset[0]), PAPER_DEFAULT)
-    model = ModelConfig(backbone, tokens="interleaved", width=width, dropout=0.1, max_timestep=1000)
+    model = ModelConfig(backbone, tokens="interleaved", width=width, dropout=0.1)
     return TrainConfig(
         dataset=dataset,
         preset="paper",
