@@ -212,11 +212,12 @@ def test_every_backbone_gets_the_same_windows_and_start_states(hopper_id, tmp_pa
         asked = [(row["target_return"], row["seed"], row["episodes"]) for row in evaluations]
         seen.append((np.array(windows), np.array(starts), begun.targets, asked[:2]))
     assert len(seen[0][0]) >= 5
-    assert len(seen[0][1]) >= 8
+    # Two targets and episodes each after steps 4 and 5, and at the end; then comes the best
+    # checkpoint, which is the last one of some runs, and not evaluated again.
+    shared = 3 * 2 * 2
+    assert len(seen[0][1]) > shared
     for other in seen[1:]:
         np.testing.assert_array_equal(other[0], seen[0][0])
-        # The runs choose different best checkpoints, so their evaluations differ in number.
-        shared = min(len(other[1]), len(seen[0][1]))
         np.testing.assert_array_equal(other[1][:shared], seen[0][1][:shared])
         assert other[2:] == seen[0][2:]
 
