@@ -49,7 +49,7 @@ def plain_step(
             after = policy.join((*policy.split(state)[:-1], actions))
         else:
             actions, after = policy(*inputs, reset, state)
-        if refresh_every > 1:
+        if window is not None and refresh_every > 1:
             due = (timesteps > 0) & (timesteps % refresh_every == 0)
             predicted, parts = window.refresh(model, due, actions, policy.split(after))
             actions = inside_bounds(model, predicted)

@@ -73,13 +73,11 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict]:
         """Return all lines of metrics so far, each a dict with "step"."""
-        if not self.metrics_file.exists():
-            return []
-        rows = []
-        for line in self.metrics_file.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line cut short by a crash
-                rows.append(json.loads(line))
-        return rows
+        return _read_lines(self.metrics_file)
+
+    def read_evaluations(self) -> list[dict]:
+        """Return all final evaluations so far, each what ``Evaluation.to_dict`` gives and more."""
+        return _read_lines(self.path / "evaluations.jsonl")
 
     def was_evaluated(self, config: TrainConfig, step: int) -> bool:
         """Return whether all that is measured after a step while training was measured.
@@ -147,3 +145,11 @@ class Metrics:
         self._file.flush()
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a line cut short by a crash
+            rows.append(json.loads(line))
+    return rows

@@ -6,7 +6,6 @@ reads the configuration from the first line of its standard input and works unti
 until that input ends because the process that started it is gone: then it saves and stops.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -92,7 +91,7 @@ def last_step(run: RunFolder) -> int:
 
 def forget_final_evaluations(run: RunFolder, config: TrainConfig) -> None:
     """Remove what a kill left of the final evaluation: `train` makes all of it again."""
-    rows, final = read_evaluations(run), final_evaluations(run, config)
+    rows, final = run.read_evaluations(), final_evaluations(run, config)
     kept = "".join(json.dumps(row) + "\n" for row in rows if row not in final)
     if rows:
         write_atomically(run.path / "evaluations.jsonl", kept.encode())
@@ -113,18 +112,8 @@ def final_evaluations(run: RunFolder, config: TrainConfig) -> list[dict]:
         "refresh_every": config.refresh_every,
         "seed": FINAL_SEED + config.seed,
     }
-    rows = [row for row in read_evaluations(run) if row["target_return"] in config.targets]
+    rows = [row for row in run.read_evaluations() if row["target_return"] in config.targets]
     return [row for row in rows if made_as.items() <= row.items()]
-
-
-def read_evaluations(run: RunFolder) -> list[dict]:
-    """Return the lines of evaluations.jsonl that are whole."""
-    path = run.path / "evaluations.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # cut short by a crash
-            rows.append(json.loads(line))
-    return rows
 
 
 def stop_with_parent() -> None:

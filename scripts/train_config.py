@@ -120,7 +120,11 @@ class TrainConfig:
             ("on_bad_episode", self.on_bad_episode in ("raise", "drop"), "raise or drop"),
             ("held_out", 0 < self.held_out < 1, "between 0 and 1"),
             ("best_fraction", 0 < self.best_fraction <= 1, "in (0, 1]"),
-            ("match_parameters", (self.match_parameters or 1) > 0, "positive"),
+            (
+                "match_parameters",
+                self.match_parameters is None or self.match_parameters > 0,
+                "positive",
+            ),
         ):
             if not is_possible:
                 problems.append(f"{name} must be {wanted}, not {getattr(self, name)!r}")

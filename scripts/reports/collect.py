@@ -113,7 +113,7 @@ def _read_ours(path: Path, name: str) -> Run:
     config = folder.read_config()
     rows = folder.read_metrics()
     reached = max((row["step"] for row in rows), default=0)
-    lines = _read_lines(path / "evaluations.jsonl")
+    lines = folder.read_evaluations()
     if rows and reached < config.steps:
         raise LeftOut(f"stopped at step {reached} of {config.steps}")
     evaluations = _choose(lines, config, _best_step(rows, lines, config))
@@ -145,14 +145,6 @@ def _read_checkpoint(folder: RunFolder, run: Run) -> None:
         run.score_note, run.versions = header["dataset"]["score_note"], header["versions"]
         model = TrajectoryModel.from_description(header["model"])
         run.parameters = sum(parameter.numel() for parameter in model.parameters())
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a line cut short by a crash
-            lines.append(json.loads(line))
-    return lines
 
 
 def _best_step(rows: list[dict], lines: list[dict], config: TrainConfig) -> int | None:

@@ -67,7 +67,13 @@ def test_matched_widths_can_be_divided_among_the_heads():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("best_fraction", 0.0), ("best_fraction", 1.1), ("match_parameters", -1), ("held_out", 1.0)],
+    [
+        ("best_fraction", 0.0),
+        ("best_fraction", 1.1),
+        ("match_parameters", -1),
+        ("match_parameters", 0),
+        ("held_out", 1.0),
+    ],
 )
 def test_impossible_values_are_named_as_flags(field, value):
     with pytest.raises(ConfigError, match=f"^{field.replace('_', '-')} must be .*, not {value}"):
