@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "report on runs: tables, intervals, figures, as HTML, Markdown and JSON",
     "export": "write a trained agent as an ONNX or .pt2 file that runs without minrl",
     "datasets": "make, list, inspect, and import-d4rl datasets",
+    "doctor": "print versions and devices, check this machine by a small run",
     "benchmark": "measure the scan, layers, acting, training or data against others",
 }
 
@@ -122,6 +123,12 @@ def _datasets(arguments: list[str]) -> int:
     return 0
 
 
+def _doctor(arguments: list[str]) -> int:
+    from minrl.scripts.doctor import doctor
+
+    return _call(doctor, "doctor", arguments)
+
+
 def _benchmark(arguments: list[str]) -> int:
     from minrl.scripts.benchmark import benchmark
 
@@ -136,6 +143,7 @@ _RUN = {
     "report": _report,
     "export": _export,
     "datasets": _datasets,
+    "doctor": _doctor,
     "benchmark": _benchmark,
 }
 

@@ -22,8 +22,8 @@ from minrl.scripts.benchmarks.cases import (
     parse_shape,
     shapes_of,
 )
-from minrl.scripts.benchmarks.machine import keep_freed_memory
 from minrl.scripts.benchmarks.report import Report
+from minrl.scripts.machine import keep_freed_memory
 
 SECONDS = {"quick": 0.03, "default": 0.3, "full": 0.3}
 

@@ -28,17 +28,17 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cpu_count": os.cpu_count(),
-            "gpu": _describe_gpu(device),
+            "gpu": describe_gpu(device),
             "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         },
         "versions": {
             "minrl": __version__,
-            "python": platform.python_version(),
+            "python": platform.pythonversion_of(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-            **{name: _version(name) for name in LIBRARIES},
+            **{name: version_of(name) for name in LIBRARIES},
         },
         "commit": _commit(),
         "threads": torch.get_num_threads(),
@@ -63,13 +63,21 @@ def device_name(device: torch.device) -> str:
     """Return the GPU's name, or the CPU's with the count of its cores: "AMD EPYC 2 CPU"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()} {os.cpu_count()} CPU"
+    return f"{cpu_name()} {os.cpu_count()} CPU"
 
 
 def file_name(benchmark: str, device: torch.device) -> str:
     """Return the name of a result without its ending: "scan-nvidia-h200"."""
     plain = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return f"{benchmark}-{plain}"
+
+
+def total_memory() -> int | None:
+    """Return the machine's memory in bytes; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def free_bytes(device: torch.device) -> int:
@@ -83,7 +91,8 @@ def free_bytes(device: torch.device) -> int:
         return 2 << 30  # a machine that does not tell
 
 
-def _describe_gpu(device: torch.device) -> dict[str, Any] | None:
+def describe_gpu(device: torch.device) -> dict[str, Any] | None:
+    """Return name, memory, driver and clocks of a GPU; None for another device."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -101,7 +110,8 @@ def _describe_gpu(device: torch.device) -> dict[str, Any] | None:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         return re.search(r"model name\s*:\s*(.+)", text)[1].strip()
@@ -109,7 +119,8 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Return the installed version of a distribution, None if it is not there."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -9,7 +9,7 @@ import torch
 
 from minrl import __version__
 from minrl.errors import ConfigError
-from minrl.scripts.benchmarks.machine import device_name
+from minrl.scripts.machine import device_name
 from minrl.scripts.reports.collect import find_runs
 from minrl.scripts.reports.figures import draw_figures
 from minrl.scripts.reports.latency import measure_latency

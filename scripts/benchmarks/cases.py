@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minrl.agents.backbones.scan_torch import PARTS
 from minrl.errors import ConfigError
-from minrl.scripts.benchmarks.machine import free_bytes
+from minrl.scripts.machine import free_bytes
 
 DIRECTIONS = ("forward", "backward", "both")
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minrl.scripts.benchmarks.machine import describe_machine, device_name, file_name
+from minrl.scripts.machine import describe_machine, device_name, file_name
 
 NAME_WIDTH = 36
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.scripts.benchmarks.machine import device_name
 from minrl.scripts.benchmarks.measuring import Clock, Contestant, Prepared, compete
+from minrl.scripts.machine import device_name
 from minrl.scripts.reports.collect import Run
 from minrl.scripts.reports.comparison import way_to_act
 from minrl.scripts.reports.methods import MEMORYLESS, Method

@@ -15,7 +15,6 @@ from minrl.agents.backbones.scan_torch import PARTS
 from minrl.errors import ConfigError
 from minrl.scripts.benchmark import benchmark
 from minrl.scripts.benchmarks.cases import ScanCase, Shape, parse_shape, shapes_of
-from minrl.scripts.benchmarks.machine import file_name
 from minrl.scripts.benchmarks.measuring import (
     LEAST_ROUNDS,
     Clock,
@@ -28,6 +27,7 @@ from minrl.scripts.benchmarks.measuring import (
 )
 from minrl.scripts.benchmarks.peers import SCANS, TEXTBOOK
 from minrl.scripts.benchmarks.scan import scan_contestants
+from minrl.scripts.machine import file_name
 
 CPU = torch.device("cpu")
 
