@@ -154,7 +154,9 @@ def check_datasets() -> tuple[str, str]:
     root = datasets_root()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return "FAILED", f"{existing} is no folder that can be written; set MINARI_DATASETS_PATH to another folder"
+        return "FAILED", (
+            f"{existing} is no folder that can be written; set MINARI_DATASETS_PATH to another"
+        )
     free = shutil.disk_usage(existing).free
     local = sum(row.is_local for row in list_datasets())
     found = f"{root}: {local} datasets, {free / GIB:.1f} GiB free"

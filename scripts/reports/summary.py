@@ -13,12 +13,12 @@ from minrl.envs.evaluation import student_t_quantile
 from minrl.scripts.recorder import FINAL_SEED, SELECTION_SEED
 from minrl.scripts.reports.collect import Run, headline
 from minrl.scripts.reports.comparison import ablations, comparisons
-from minrl.scripts.reports.methods import Method
+from minrl.scripts.reports.methods import NOT_THE_METHOD, Method
 
 CHECKPOINTS = ("last", "best")
 FORMAT = 1
 
-# Settings that every run of a fair study shares, or that a reader must know of; with their names.
+# Settings that a reader must know of, with their names; of others only where methods differ.
 PROTOCOL = {
     "preset": "preset",
     "steps": "training steps",
@@ -58,7 +58,7 @@ def summarise(
         "cells": cells,
         "comparisons": comparisons(methods, tasks, cells),
         "ablations": ablations(methods, tasks, cells),
-        "protocol": describe_protocol(runs, tasks),
+        "protocol": describe_protocol(runs, methods, tasks),
         "runs": [_describe_run(run, tasks) for run in runs],
         "left_out": left_out + repeated,
     }
@@ -196,18 +196,13 @@ def _asked(runs: list[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def describe_protocol(runs: list[Run], tasks: list[dict[str, Any]]) -> dict[str, Any]:
+def describe_protocol(
+    runs: list[Run], methods: list[Method], tasks: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Return what the runs' own configurations say they had in common, and where they differ."""
     ours = [run for run in runs if run.library is None]
-    settings = {}
-    for name, title in PROTOCOL.items():
-        values: dict[str, set[str]] = {}
-        for run in ours:
-            if name in run.settings:
-                values.setdefault(_shown(run.settings[name]), set()).add(run.method)
-        settings[title] = {value: sorted(methods) for value, methods in values.items()}
     return {
-        "settings": settings,
+        "settings": _compare_settings(ours, methods),
         "seeds": sorted({run.seed for run in runs}),
         "selection_seed": SELECTION_SEED,
         "final_seed": FINAL_SEED,
@@ -221,6 +216,25 @@ def describe_protocol(runs: list[Run], tasks: list[dict[str, Any]]) -> dict[str,
             if run.library is not None
         },
     }
+
+
+def _compare_settings(runs: list[Run], methods: list[Method]) -> dict[str, dict[str, list[str]]]:
+    """Return by setting and value the methods that have it.
+
+    What only an ablation changes is said where its worth is, not here.
+    """
+    usual = {method.name for method in methods if not method.changes}
+    others = dict.fromkeys(name for run in runs for name in run.settings)
+    settings = {}
+    for name in (*PROTOCOL, *(n for n in others if n not in (*PROTOCOL, *NOT_THE_METHOD))):
+        values: dict[str, set[str]] = {}
+        for run in runs:
+            if name in run.settings and run.method in usual:
+                values.setdefault(_shown(run.settings[name]), set()).add(run.method)
+        if name in PROTOCOL or len(values) > 1:
+            title = PROTOCOL.get(name, name.replace("_", " "))
+            settings[title] = {value: sorted(names) for value, names in values.items()}
+    return settings
 
 
 def _shown(value: Any) -> str:

@@ -182,3 +182,13 @@ def test_published_numbers_come_last_and_apart(pages):
     assert "ReBRAC" not in ours
     assert "<section" not in others
     assert "not comparable" in others
+
+
+def test_the_protocol_names_every_setting_in_which_methods_differ(write_run, tmp_path):
+    write_run("mamba-s0", backbone="mamba")
+    write_run("mingru-s0")
+    write_run("mingru,convolution=4-s0", model={"convolution": 4})
+    settings = make_report((tmp_path,), latency=False)["protocol"]["settings"]
+    assert settings["expansion"] == {"1": ["mingru"], "2": ["mamba"]}
+    assert settings["width"] == {"64": ["mamba", "mingru"]}
+    assert not {"convolution", "mlp ratio", "backbone", "seed"} & set(settings)
