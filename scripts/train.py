@@ -23,7 +23,7 @@ from minrl.scripts.evaluate import check_environment, evaluate_run, plot_asked_a
 from minrl.scripts.match_parameters import match_width
 from minrl.scripts.recorder import FINAL_SEED, Recorder
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train_config import TARGETS, TrainConfig, task_of
+from minrl.scripts.train_config import TrainConfig, task_of
 
 HELD_OUT_BATCHES = 8
 
@@ -104,9 +104,7 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
             f"context must be from 1 to {episodes.lengths.max()}, the longest episode of "
             f"{episodes.info.dataset_id}, not {config.context}"
         )
-    targets = config.targets or TARGETS.get(task_of(name or "")[0])
-    if not targets:
-        targets = (float(episodes.returns.max()), float(np.median(episodes.returns)))
+    targets = config.targets or choose_targets(episodes)
     model = config.model
     if model.attention_context is None and model.backbone == "transformer":
         model = dataclasses.replace(model, attention_context=config.burn_in + config.context)
@@ -119,6 +117,17 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
         scale = 1000.0 if task_of(name or "")[0] else max(largest, 1e-6)
         model = dataclasses.replace(model, return_scale=scale)
     return dataclasses.replace(config, environment=name, targets=tuple(targets), model=model)
+
+
+def choose_targets(episodes: Episodes) -> tuple[float, ...]:
+    """Return what to ask for: the mean return of the best tenth of the data, and of all of it.
+
+    Both are weighted by steps, since that is how often training sees them, and rounded to three
+    digits. More than the data holds makes agents worse (see the README, "Measured").
+    """
+    parts = (episodes.best(0.1), episodes)
+    means = (np.average(part.returns, weights=part.lengths) for part in parts)
+    return tuple(dict.fromkeys(float(f"{mean:.3g}") for mean in means))
 
 
 def build_model(config: TrainConfig, episodes: Episodes) -> TrajectoryModel:

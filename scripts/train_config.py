@@ -14,7 +14,7 @@ from minrl.errors import ConfigError
 DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"
 
 # Returns to ask for, in reward units (Decision Transformer, arXiv 2106.01345, appendix A).
-TARGETS = {
+PAPER_TARGETS = {
     "hopper": (3600.0, 1800.0),
     "halfcheetah": (12000.0, 6000.0),
     "walker2d": (5000.0, 2500.0),
@@ -67,8 +67,9 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     targets: tuple[float, ...] = ()
-    """Returns to ask for; "best" is judged by the first. Default: the Decision Transformer's for
-    hopper, halfcheetah and walker2d, else the best and the median return in the data."""
+    """Returns to ask for; "best" is judged by the first. Default: the mean return of the best tenth
+    of the data and that of all; with the preset paper, for hopper, halfcheetah and walker2d, the
+    Decision Transformer's."""
     refresh_every: int = 0
     """When acting, rebuild the state from the last context steps this often; 0 never, 1 always."""
     eval_every: int = 1000
@@ -189,7 +190,7 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 def task_of(dataset: str) -> tuple[str | None, str | None]:
     """Return robot and level named in a dataset id: ("hopper", "medium-replay"), else None."""
-    robot = next((name for name in TARGETS if name in dataset.lower()), None)
+    robot = next((name for name in PAPER_TARGETS if name in dataset.lower()), None)
     level = next((x for x in ("medium-replay", "medium-expert", "medium") if x in dataset), None)
     return robot, level
 
@@ -217,6 +218,7 @@ def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru
             schedule="constant",
             weight_decay=1e-4,
         ),
+        targets=PAPER_TARGETS.get(task_of(dataset[0])[0], ()),
         refresh_every=REFRESH_EVERY.get(backbone, 0),
         batch_size=64,
         steps=100_000,

@@ -17,7 +17,8 @@ from minrl.scripts.examples.d3rlpy_agents import (
     make_replay_buffer,
 )
 from minrl.scripts.examples.peers import PEERS, Settings
-from minrl.scripts.train_config import TARGETS, TrainConfig
+from minrl.scripts.train import choose_targets
+from minrl.scripts.train_config import TrainConfig
 
 INFO = DatasetInfo("test/toy-v0", "Hopper-v5", 4, (-1.0,) * 2, (1.0,) * 2)
 # Lengths and how each ends: terminated, truncated, both, neither (unfinished).
@@ -173,7 +174,7 @@ def test_a_transformer_is_asked_for_the_targets_of_minrl_train(hopper_id, tmp_pa
     settings = Settings("dt", (hopper_id,), steps=1, episodes=1, output=tmp_path)
     result = peers.main(settings)
     asked = tuple(line["target_return"] for line in result["evaluations"])
-    assert asked == TARGETS["hopper"]
+    assert asked == choose_targets(load_dataset(hopper_id))
     assert {(line["checkpoint"], line["step"]) for line in result["evaluations"]} == {("last", 1)}
     assert "1 steps, 100,000 asked for" in result["note"]
 

@@ -17,10 +17,11 @@ from minrl import DecisionAgent
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
 from minrl.agents.training import OptimizationConfig
 from minrl.agents.trajectory import ModelConfig
+from minrl.data.minari_source import load_dataset
 from minrl.errors import CheckpointError, ConfigError, DatasetError, EnvError, TrainingError
 from minrl.scripts.evaluate import check_environment, evaluate_run
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train import train
+from minrl.scripts.train import choose_targets, train
 from minrl.scripts.train_config import TrainConfig
 
 SMALL = ModelConfig(width=16, num_layers=1)
@@ -75,9 +76,9 @@ def test_a_run_leaves_what_it_promises(finished):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not list(finished.rglob("*.tmp"))
     tags = set().union(*RunFolder(finished).read_metrics())
-    for target in ("3600", "1800"):
+    for target in RunFolder(finished).read_config().targets:
         for name in ("return_mean", "normalized_score_mean", "normalized_score_std", "length_mean"):
-            assert f"eval/{target}/{name}" in tags
+            assert f"eval/{target:g}/{name}" in tags
     assert {"train/loss", "train/grad_norm", "train/lr", "time/steps_per_s"} <= tags
     assert "eval/action_error" in tags
     header = (finished / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -100,10 +101,27 @@ def test_the_checkpoint_says_what_it_was_trained_on(finished, hopper_id):
     assert len(agent.info["dataset"]["sha256"]) == 64
     assert agent.info["environment"] == "Hopper-v5"
     assert agent.references == pytest.approx((-20.272305, 3234.3))
-    assert agent.target_return == 3600
+    assert agent.target_return == RunFolder(finished).read_config().targets[0]
     assert agent.info["training"] == RunFolder(finished).read_config().to_json()
     assert {"python", "torch"} <= agent.info["versions"].keys()
     assert np.abs(agent.model.observation_mean.numpy()).max() > 0
+
+
+def test_asked_for_is_what_the_best_tenth_and_all_of_the_data_came_to(hopper_id):
+    episodes = load_dataset(hopper_id)
+    ranked = sorted(zip(episodes.returns, episodes.lengths, strict=True), reverse=True)
+    best, steps = [], 0
+    for value, length in ranked:
+        steps += length
+        if steps > episodes.num_steps / 10 and best:
+            break
+        best += [value] * length
+    everything = [value for value, length in ranked for _ in range(length)]
+    asked = choose_targets(episodes)
+    assert asked == pytest.approx((np.mean(best), np.mean(everything)), rel=5e-3)
+    assert asked[0] > asked[1]
+    alone = choose_targets(episodes.select([0]))
+    assert alone == pytest.approx((episodes.returns[0],), rel=5e-3)
 
 
 def test_same_seed_same_run(finished, hopper_id, tmp_path):

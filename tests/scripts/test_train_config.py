@@ -19,6 +19,9 @@ def test_presets_are_the_published_recipes():
     assert (walker.model.width, walker.optimization.learning_rate) == (128, 1e-4)
     cheetah = paper(("mujoco/halfcheetah/medium-replay-v0",))
     assert (cheetah.model.width, cheetah.optimization.learning_rate) == (128, 1e-3)
+    asked = [config.targets[0] for config in (hopper, walker, cheetah)]
+    assert asked == [3600, 5000, 12000]
+    assert paper(("other/robot-v0",)).targets == ()
     for config in (hopper, walker, cheetah):
         assert (config.steps, config.optimization.warmup_steps) == (100_000, 10_000)
         assert (config.context, config.batch_size, config.model.num_layers) == (20, 64, 3)
