@@ -94,8 +94,9 @@ class Progress:
         return f"{counts}, {len(self.failed)} failed, time left {time_left}"
 
     def _read(self, run: TrainConfig) -> int:
-        """Return the step a run has come to; remember its last score."""
-        name, metrics, step = self.name(run), run.run_dir / "metrics.jsonl", 0
+        """Return the step a run has come to; remember its last score at the first target."""
+        name, metrics = self.name(run), run.run_dir / "metrics.jsonl"
+        step = scored_at = 0
         self._scores.setdefault(name, "")
         if not metrics.exists():
             return 0
@@ -107,8 +108,8 @@ class Progress:
                 row = json.loads(line)
                 step = row["step"]
                 for tag, value in row.items():
-                    if tag.endswith("/normalized_score_mean"):
-                        self._scores[name] = f"  score {value:.1f}"
+                    if tag.endswith("/normalized_score_mean") and step != scored_at:
+                        self._scores[name], scored_at = f"  score {value:.1f}", step
         return step
 
     def _draw(self, lines: list[str]) -> None:

@@ -12,32 +12,17 @@ import torch
 from gymnasium.envs.mujoco import MujocoEnv
 
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
-from minrl.agents.trajectory import TrajectoryModel
-from minrl.data.minari_source import load_dataset
 from minrl.data.windows import WindowSampler
 from minrl.errors import ConfigError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.study import study
-from minrl.scripts.study_grid import StudyConfig, datasets_of, runs_of
 from minrl.scripts.study_progress import Progress
 from minrl.scripts.study_run import carry_out, forget_final_evaluations, is_done, log_of
 from minrl.scripts.study_workers import last_line
 
-TASK = "hopper/medium-expert"
-SMALL = (
-    *("width=16", "num-layers=1", "steps=12", "batch-size=8", "log-every=5", "device=cpu"),
-    *("eval-every=4", "eval-episodes=2", "final-episodes=2"),
-)
-
-
-def plan(folder, *, more=(), **options):
-    settings = (*SMALL, *more)
-    options = {"tasks": (TASK,), "backbones": ("mingru",), "seeds": 1, **options}
-    return runs_of(StudyConfig(set=settings, folder=folder, **options))
-
 
 @pytest.fixture(scope="module")
-def finished(hopper_id, tmp_path_factory):
+def finished(hopper_id, tmp_path_factory, plan):
     """A run of a study that nothing interrupted."""
     (run,) = plan(tmp_path_factory.mktemp("study"))
     assert carry_out(run)
@@ -73,100 +58,7 @@ def assert_same_results(run, expected):
             assert torch.equal(weights[step][name], value)
 
 
-def test_names_of_tasks():
-    assert datasets_of("walker2d/medium-replay") == ["minrl/walker2d/medium-replay-v0"]
-    assert datasets_of("mujoco/hopper/expert-v0") == ["mujoco/hopper/expert-v0"]
-    joined = "minrl/hopper/medium-v0+mujoco/hopper/expert-v0"
-    assert datasets_of("hopper/medium+mujoco/hopper/expert-v0") == [joined]
-    nine = {f"minrl/{robot}/{level}-v0" for robot in ROBOTS for level in LEVELS}
-    assert set(datasets_of("all")) == nine
-    with pytest.raises(ConfigError, match=r"unknown task 'hoper/medium': tasks are hopper/medium"):
-        datasets_of("hoper/medium")
-
-
-ROBOTS = ("hopper", "halfcheetah", "walker2d")
-LEVELS = ("medium", "medium-replay", "medium-expert")
-
-
-def test_a_grid_has_every_combination_once(hopper_id, tmp_path):
-    methods = ("mingru", "bc", "bc10", "mingru")
-    runs = plan(tmp_path, tasks=(TASK, hopper_id), backbones=methods, seeds=2)
-    found = [(run.run_dir, run.model.backbone, run.best_fraction, run.seed) for run in runs]
-    parent = tmp_path / hopper_id
-    assert found == [
-        (parent / f"{name}-s{seed}", backbone, fraction, seed)
-        for seed in (0, 1)
-        for name, backbone, fraction in (
-            ("mingru", "mingru", 1.0),
-            ("bc", "mlp", 1.0),
-            ("bc10", "mlp", 0.1),
-        )
-    ]
-    assert {(run.steps, run.batch_size, run.model.width) for run in runs} == {(12, 8, 16)}
-    assert {run.model.tokens for run in runs} == {"joint", "observation"}  # the preset's choices
-
-
-def test_a_varied_field_adds_runs_that_differ_in_it_alone(hopper_id, tmp_path):
-    vary = ("tokens=joint,interleaved", "context=10,20", "candidate=identity")
-    base, *variants = plan(tmp_path, vary=vary)
-    names = [run.run_dir.name for run in variants]
-    assert names == [
-        "mingru,tokens=interleaved-s0",
-        "mingru,context=10-s0",
-        "mingru,candidate=identity-s0",
-    ]
-    changes = [{"tokens": "interleaved"}, {}, {"candidate": "identity"}]
-    for run, change in zip(variants, changes, strict=True):
-        assert run.model == dataclasses.replace(base.model, **change)
-    assert [run.context for run in variants] == [20, 10, 20]
-    # An LSTM has no candidate to vary: no run would differ from its base.
-    names = [run.run_dir.name for run in plan(tmp_path, backbones=("lstm",), vary=vary)]
-    assert names == ["lstm-s0", "lstm,tokens=interleaved-s0", "lstm,context=10-s0"]
-
-
-def test_values_of_every_kind_can_be_set_and_told_apart(hopper_id, tmp_path):
-    more = ("targets=3000 1000", "learning_rate=1e-4", "learn-initial-state=False")
-    (run,) = plan(tmp_path, more=more)
-    assert run.targets == (3000.0, 1000.0)
-    assert run.optimization.learning_rate == 1e-4
-    assert run.model.learn_initial_state is False
-    names = [run.run_dir.name for run in plan(tmp_path, vary=("targets=3 1,3_1",))[1:]]
-    assert len(set(names)) == len(names) == 2
-
-
-WRONG = {
-    "backbone": ({"backbones": ("minigru",)}, "backbones must be of mingru, .*, not 'minigru'"),
-    "none": ({"backbones": ()}, "backbones must name at least one"),
-    "preset": ({"preset": "fast"}, "preset must be of quick, paper, not 'fast'"),
-    "seeds": ({"seeds": 0}, "seeds must be at least 1, not 0"),
-    "workers": ({"workers": 0}, "workers must be at least 1, not 0"),
-    "gpus": ({"gpus": -1.0}, "gpus must be at least 0"),
-    "form": ({"more": ("steps",)}, "'steps' must be of the form name=value"),
-    "value": ({"vary": ("tokens=joint,wrong",)}, "tokens must be one of .*, not 'wrong'"),
-    "grid": ({"more": ("seed=3",)}, "seed is not for --set or --vary"),
-    "width": (
-        {"vary": ("width=8,16",), "match_parameters": True},
-        "width is chosen by --match-parameters",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_impossible_is_refused_before_anything_is_made(case, tmp_path):
-    options, message = WRONG[case]
-    with pytest.raises(ConfigError, match=message):
-        plan(tmp_path / "study", tasks=("walker2d/medium",), **options)  # not made in these tests
-    assert not (tmp_path / "study").exists()
-
-
-def test_an_unknown_setting_is_named(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        plan(tmp_path, more=("widht=3",))
-    assert stopped.value.code == 2
-    assert "--widht" in capsys.readouterr().err
-
-
-def test_runs_with_other_settings_are_not_mixed(finished):
+def test_runs_with_other_settings_are_not_mixed(finished, plan):
     folder = finished.run_dir.parents[3]
     assert plan(folder) == [finished]
     with pytest.raises(ConfigError, match=r"mingru-s0 is a run with width 16, not 8: choose ano"):
@@ -178,16 +70,9 @@ def test_runs_with_other_settings_are_not_mixed(finished):
     assert len(plan(folder, more=("final-episodes=3", "device=auto"))) == 1
 
 
-def test_matched_runs_have_the_parameters_of_the_presets_mingru(hopper_id, tmp_path):
-    runs = plan(tmp_path, backbones=("mingru", "minlstm", "bc"), match_parameters=True)
-    data = load_dataset(hopper_id)
-    sizes = data.observations.shape[1], data.actions.shape[1]
-    mingru = TrajectoryModel(*sizes, runs[0].model)
-    expected = sum(parameter.numel() for parameter in mingru.parameters())
-    assert {run.match_parameters for run in runs} == {expected}
-
-
-def test_every_backbone_gets_the_same_windows_and_start_states(hopper_id, tmp_path, monkeypatch):
+def test_every_backbone_gets_the_same_windows_and_start_states(
+    hopper_id, tmp_path, monkeypatch, plan
+):
     plain_windows, plain_reset = WindowSampler.windows, MujocoEnv.reset
     windows, starts = [], []
 
@@ -371,7 +256,9 @@ def test_progress_shows_steps_scores_and_totals(finished):
     progress = Progress([finished], [], folder, terminal)
     progress.show([finished])
     progress.show([])
-    score = RunFolder(finished.run_dir).read_metrics()[-1]["eval/1800/normalized_score_mean"]
+    run = RunFolder(finished.run_dir)
+    tag = f"eval/{run.read_config().targets[0]:g}/normalized_score_mean"
+    score = [row[tag] for row in run.read_metrics() if tag in row][-1]
     shown = terminal.getvalue().splitlines()
     assert shown[1].startswith("1 of 1 done, 1 running")
     assert shown[2].endswith(f"mingru-s0  step 12 of 12  score {score:.1f}")
@@ -385,9 +272,7 @@ def test_the_last_line_of_a_log_is_what_a_progress_bar_shows_last(tmp_path):
     assert last_line(tmp_path / "none") == ""
 
 
-def test_a_finished_study_starts_nothing(finished, capsys):
-    folder = finished.run_dir.parents[3]
-    options = {"tasks": (TASK,), "backbones": ("mingru",), "seeds": 1, "set": SMALL}
-    assert study(StudyConfig(folder=folder, **options)) == 0
+def test_a_finished_study_starts_nothing(finished, capsys, small_study):
+    assert study(small_study(finished.run_dir.parents[3])) == 0
     assert "1 runs in" in capsys.readouterr().out
     assert not log_of(finished).exists()
