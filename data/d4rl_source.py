@@ -8,17 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from minrl.data.dataset_ids import check_id, dataset_folder
 from minrl.data.episodes import Episode
+from minrl.data.hdf5_guard import GuardedFile
 from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
 from minrl.errors import DatasetError
-
-if TYPE_CHECKING:
-    import h5py
 
 _MAX_EPISODE_STEPS = 1000
 
@@ -113,48 +111,49 @@ class _Columns(NamedTuple):
 
 def _read(path: Path, task: _Task) -> _Columns:
     """Read the columns; anything else in the file (infos, metadata) is left alone."""
-    import h5py
-
     try:
-        with h5py.File(path, "r") as file:
+        with GuardedFile(path) as file:
             rewards = _column(file, "rewards", path)
             rows = len(rewards) if rewards.ndim else 0
             if rows == 0:
                 raise DatasetError(f"{path}: no rows")
             wide = (rows, task.observation_size)
-            optional = {name: name in file for name in ("timeouts", "next_observations")}
+            following = file.read("next_observations")
+            timeouts = file.read("timeouts")
             return _Columns(
                 observations=_column(file, "observations", path, wide),
                 actions=_column(file, "actions", path, (rows, task.action_size)),
-                rewards=_column(file, "rewards", path, (rows,)),
+                rewards=_fit(rewards, "rewards", path, (rows,)),
                 terminals=_column(file, "terminals", path, (rows,)).astype(bool),
                 timeouts=(
-                    _column(file, "timeouts", path, (rows,)).astype(bool)
-                    if optional["timeouts"]
-                    else np.zeros(rows, bool)
+                    np.zeros(rows, bool)
+                    if timeouts is None
+                    else _fit(timeouts, "timeouts", path, (rows,)).astype(bool)
                 ),
                 next_observations=(
-                    _column(file, "next_observations", path, wide)
-                    if optional["next_observations"]
-                    else None
+                    None if following is None else _fit(following, "next_observations", path, wide)
                 ),
             )
-    except OSError as error:
+    except DatasetError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} cannot be read as an HDF5 file: {error}") from error
 
 
 def _column(
-    file: h5py.File, name: str, path: Path, shape: tuple[int, ...] | None = None
+    file: GuardedFile, name: str, path: Path, shape: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """Read a column of numbers; (N, 1) counts as (N,)."""
-    import h5py
-
-    column = file.get(name)
-    if not isinstance(column, h5py.Dataset):
+    """Read a column that must be there."""
+    values = file.read(name)
+    if values is None:
         raise DatasetError(f"{path} is not in D4RL's layout: it has no array {name!r}")
-    if column.dtype.kind not in "fiub":
-        raise DatasetError(f"{path}: {name} are {column.dtype}, not real numbers")
-    values = column[()]
+    return _fit(values, name, path, shape)
+
+
+def _fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Return a column of numbers in its shape; (N, 1) counts as (N,)."""
+    if values.dtype.kind not in "fiub":
+        raise DatasetError(f"{path}: {name} are {values.dtype}, not real numbers")
     if shape is not None and len(shape) == 1 and values.shape == (*shape, 1):
         values = values[:, 0]
     if shape is not None and values.shape != shape:

@@ -15,7 +15,8 @@ from minrl.data.validate import ActionBounds
 from minrl.errors import DatasetError
 
 _SUPPORTED = "minrl supports one-dimensional Box observations with Box actions"
-_LARGEST = 16 << 20  # bytes
+_FORMATS = ("hdf5", "arrow", "parquet")
+_LARGEST = 4 << 20  # bytes; a hundred thousand numbers take less
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ def _read_count(raw: Mapping[str, Any], name: str) -> int:
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"{name} must be a positive whole number, got {count!r}")
     return count
+
+
+def _read_format(raw: Mapping[str, Any]) -> str:
+    if raw["data_format"] not in _FORMATS:
+        raise ValueError(f"data_format must be one of {_FORMATS}, got {raw['data_format']!r}")
+    return raw["data_format"]
 
 
 def _read_space(
@@ -80,7 +87,7 @@ def read_metadata(dataset_id: str, folder: Path) -> Metadata:
         reference = [float(s) for s in scores] if None not in scores else [None, None]
         return Metadata(
             dataset_id=dataset_id,
-            data_format=str(raw["data_format"]),
+            data_format=_read_format(raw),
             num_episodes=_read_count(raw, "total_episodes"),
             num_steps=_read_count(raw, "total_steps"),
             observation_size=observation_shape[0],
@@ -93,7 +100,15 @@ def read_metadata(dataset_id: str, folder: Path) -> Metadata:
         )
     except DatasetError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ArithmeticError,  # a number too large for a float
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise DatasetError(
             f"dataset {dataset_id}: {path} is not usable ({type(error).__name__}: {error}); "
             "remove the dataset and make or download it again"

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from minrl.data.arrow_files import iterate_arrow
 from minrl.data.episodes import offsets_from_lengths
 from minrl.data.flat_cache import FlatArrays
+from minrl.data.hdf5_guard import GuardedFile, bytes_allowed
 from minrl.data.metadata import Metadata
 from minrl.data.validate import EPISODE_ARRAYS, Violation, find_violation
 from minrl.errors import DatasetError
 
-if TYPE_CHECKING:
-    import h5py
 
-_COMPRESSION_LIMIT = 1000  # declared bytes per byte on disk
-_EPISODES_PER_OPENING = 25
-
-
-def _iterate(metadata: Metadata, data: Path) -> Iterator[Mapping[str, Any]]:
+def _iterate(metadata: Metadata, data: Path, size_on_disk: int) -> Iterator[Mapping[str, Any]]:
     """Yield the arrays of every episode, in order."""
     try:
         if metadata.data_format == "hdf5":
             yield from _iterate_hdf5(metadata, data / "main_data.hdf5")
         else:
-            from minari.dataset.minari_storage import MinariStorage
-
-            # Builds nothing from the metadata: both spaces are there, as was checked.
-            yield from MinariStorage.read(data).get_episodes(range(metadata.num_episodes))
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, DatasetError):
-            raise
+            yield from iterate_arrow(metadata, data, size_on_disk)
+    except DatasetError:
+        raise
+    except Exception as error:  # of many kinds, depending on where a reader stumbles
         raise DatasetError(
             f"dataset {metadata.dataset_id}: its {metadata.data_format} data in {data} cannot be "
             f"read ({type(error).__name__}: {error}); remove it and make or download it again"
@@ -41,42 +34,19 @@ def _iterate(metadata: Metadata, data: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _iterate_hdf5(metadata: Metadata, path: Path) -> Iterator[Mapping[str, Any]]:
-    """Read Minari's HDF5 layout directly: half the time of h5py's ordinary objects.
-
-    HDF5 keeps every group it has seen in memory until the file is closed, so it is reopened now and
-    then.
-    """
-    import h5py
-
-    for first in range(0, metadata.num_episodes, _EPISODES_PER_OPENING):
-        with h5py.File(path, "r") as file:
-            if len(file) != metadata.num_episodes:
-                raise DatasetError(
-                    f"dataset {metadata.dataset_id}: rule total_episodes: the metadata says "
-                    f"{metadata.num_episodes} episodes, {path.name} has {len(file)}"
-                )
-            stop = min(first + _EPISODES_PER_OPENING, metadata.num_episodes)
-            for index in range(first, stop):
-                yield {
-                    name: array
-                    for name in EPISODE_ARRAYS
-                    if (array := _read_hdf5_array(file, f"episode_{index}/{name}")) is not None
-                }
-
-
-def _read_hdf5_array(file: h5py.File, name: str) -> np.ndarray | None:
-    """Return a dataset's values, None if there is none of this name or it holds no plain values."""
-    import h5py
-
-    try:
-        dataset = h5py.h5d.open(file.id, name.encode())
-    except KeyError:
-        return None
-    if dataset.dtype.hasobject:
-        return None
-    values = np.empty(dataset.shape, dataset.dtype)
-    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return values
+    """Read Minari's HDF5 layout directly: faster than h5py's ordinary objects, and guarded."""
+    with GuardedFile(path) as file:
+        if len(file) != metadata.num_episodes:
+            raise DatasetError(
+                f"dataset {metadata.dataset_id}: rule total_episodes: the metadata says "
+                f"{metadata.num_episodes} episodes, {path.name} has {len(file)}"
+            )
+        for index in range(metadata.num_episodes):
+            yield {
+                name: array
+                for name in EPISODE_ARRAYS
+                if (array := file.read(f"episode_{index}/{name}")) is not None
+            }
 
 
 class _Flattener:
@@ -137,11 +107,11 @@ def read_arrays(
     wrong = f"dataset {metadata.dataset_id}: rule total_steps: the metadata says "
     wrong += f"{metadata.num_steps} steps"
     sizes = (metadata.observation_size, len(metadata.bounds.low))
-    if 4 * (sum(sizes) + 1) * metadata.num_steps > _COMPRESSION_LIMIT * size_on_disk:
+    if 4 * (sum(sizes) + 1) * metadata.num_steps > bytes_allowed(size_on_disk):
         raise DatasetError(f"{wrong}, which cannot be in {size_on_disk} bytes of files")
     flat = _Flattener(*sizes, metadata.num_steps)
     violations = []
-    for index, episode in enumerate(_iterate(metadata, data)):
+    for index, episode in enumerate(_iterate(metadata, data, size_on_disk)):
         violation = find_violation(
             episode,
             index,

@@ -108,7 +108,7 @@ def _load_one(
     """Load one dataset, from its cache where that is up to date."""
     folder = _make_local(dataset_id, download, progress)
     metadata = read_metadata(dataset_id, folder)
-    files = sorted(path for path in (folder / "data").rglob("*") if path.is_file())
+    files = _list_files(dataset_id, folder / "data")
     sha256 = digest_files(files)
     arrays = read_cache(folder, sha256)
     if arrays is None:
@@ -118,6 +118,19 @@ def _load_one(
         if not violations:  # what is left of a damaged dataset is not the dataset
             write_cache(folder, sha256, arrays)
     return Episodes(*arrays, info=describe_dataset(metadata, arrays.actions, sha256))
+
+
+def _list_files(dataset_id: str, data: Path) -> list[Path]:
+    """Return the dataset's files in a fixed order, refusing links to what is not in its folder."""
+    entries = sorted(data.rglob("*"))
+    home = data.resolve()
+    for path in entries:
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise DatasetError(
+                f"dataset {dataset_id}: {path} is a link out of the dataset's folder, which minrl "
+                "refuses; put the file itself there"
+            )
+    return [path for path in entries if path.is_file()]
 
 
 def _make_local(dataset_id: str, download: bool, progress: bool) -> Path:

@@ -1,12 +1,14 @@
 import h5py
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrl.data.d4rl_source import import_d4rl
 from minrl.data.minari_source import load_dataset
 from minrl.errors import DatasetError
+
+EXAMPLES = [20, pytest.param(200, marks=pytest.mark.slow)]
 
 
 def columns(rows, seed=0):
@@ -40,29 +42,33 @@ def load_file(path, arrays, **settings):
     return load_dataset(import_d4rl(write_file(path, arrays), **settings))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
-@given(
-    lengths=st.lists(st.integers(1, 15), min_size=1, max_size=6),
-    kinds=st.lists(st.sampled_from(["terminal", "timeout", "both"]), min_size=6, max_size=6),
-    tail=st.integers(0, 5),
-    seed=st.integers(0, 1000),
-)
-def test_d4rl_round_trip_is_bit_equal(fresh_root, tmp_path, lengths, kinds, tail, seed):
-    fresh_root()
-    arrays = columns(sum(lengths) + tail, seed)
-    ends = np.cumsum(lengths) - 1
-    for end, kind in zip(ends, kinds, strict=False):
-        arrays["terminals"][end] = kind in ("terminal", "both")
-        arrays["timeouts"][end] = kind in ("timeout", "both")
-    episodes = load_file(tmp_path / "hopper_medium-v2.hdf5", arrays)
-    assert episodes.lengths.tolist() == lengths + [tail] * bool(tail)
-    for name in ("observations", "actions", "rewards"):
-        assert np.array_equal(getattr(episodes, name), arrays[name])
-    last_rows = episodes.offsets[1:] - 1
-    assert np.array_equal(episodes.final_observations, arrays["next_observations"][last_rows])
-    terminated = [kind != "timeout" for kind in kinds[: len(lengths)]]  # terminal wins
-    assert episodes.terminated.tolist() == terminated + [False] * bool(tail)
-    assert np.array_equal(episodes.truncated, ~episodes.terminated)  # the tail too
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_d4rl_round_trip_is_bit_equal(fresh_root, tmp_path, examples):
+    @settings(max_examples=examples)
+    @given(
+        lengths=st.lists(st.integers(1, 15), min_size=1, max_size=6),
+        kinds=st.lists(st.sampled_from(["terminal", "timeout", "both"]), min_size=6, max_size=6),
+        tail=st.integers(0, 5),
+        seed=st.integers(0, 1000),
+    )
+    def check(lengths, kinds, tail, seed):
+        fresh_root()
+        arrays = columns(sum(lengths) + tail, seed)
+        ends = np.cumsum(lengths) - 1
+        for end, kind in zip(ends, kinds, strict=False):
+            arrays["terminals"][end] = kind in ("terminal", "both")
+            arrays["timeouts"][end] = kind in ("timeout", "both")
+        episodes = load_file(tmp_path / "hopper_medium-v2.hdf5", arrays)
+        assert episodes.lengths.tolist() == lengths + [tail] * bool(tail)
+        for name in ("observations", "actions", "rewards"):
+            assert np.array_equal(getattr(episodes, name), arrays[name])
+        last_rows = episodes.offsets[1:] - 1
+        assert np.array_equal(episodes.final_observations, arrays["next_observations"][last_rows])
+        terminated = [kind != "timeout" for kind in kinds[: len(lengths)]]  # terminal wins
+        assert episodes.terminated.tolist() == terminated + [False] * bool(tail)
+        assert np.array_equal(episodes.truncated, ~episodes.terminated)  # the tail too
+
+    check()
 
 
 def test_imported_dataset_says_where_it_belongs(root, tmp_path):

@@ -8,13 +8,15 @@ import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minrl.data.minari_source as source
 from minrl.data.episodes import Episode
 from minrl.data.minari_source import list_datasets, load_dataset, local_ids
 from minrl.errors import ConfigError, DatasetError
+
+EXAMPLES = [20, pytest.param(200, marks=pytest.mark.slow)]
 
 NAME = "test/toy/random-v0"
 
@@ -42,24 +44,26 @@ def assert_equal_to(episodes, originals):
         assert episodes.truncated[index] == original.truncated
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
-@given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    seed=st.integers(0, 1000),
-    unfinished=st.booleans(),
-)
-def test_minari_round_trip_is_bit_equal(
-    fresh_root, make_episodes, write, lengths, seed, unfinished
-):
-    fresh_root()
-    originals = make_episodes(lengths, seed)
-    if unfinished:
-        originals[-1] = originals[-1]._replace(terminated=False, truncated=False)
-    write(NAME, originals)
-    for _ in range(2):  # from Minari's files, then from the cache
-        episodes = load_dataset(NAME)
-        assert_equal_to(episodes, originals)
-        assert episodes.num_steps == sum(lengths)
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_minari_round_trip_is_bit_equal(fresh_root, make_episodes, write, examples):
+    @settings(max_examples=examples)
+    @given(
+        lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+        seed=st.integers(0, 1000),
+        unfinished=st.booleans(),
+    )
+    def check(lengths, seed, unfinished):
+        fresh_root()
+        originals = make_episodes(lengths, seed)
+        if unfinished:
+            originals[-1] = originals[-1]._replace(terminated=False, truncated=False)
+        write(NAME, originals)
+        for _ in range(2):  # from Minari's files, then from the cache
+            episodes = load_dataset(NAME)
+            assert_equal_to(episodes, originals)
+            assert episodes.num_steps == sum(lengths)
+
+    check()
 
 
 def test_what_minari_reads_is_what_was_written(root, make_episodes, write):
@@ -191,7 +195,7 @@ def test_bad_episode_is_named_or_dropped_with_its_count(root, make_episodes, wri
         ({"total_episodes": "2"}, "total_episodes must be a positive whole number, got '2'"),
         ({"total_steps": -1}, "total_steps must be a positive whole number"),
         ({"data_format": ...}, "not usable .KeyError: 'data_format'"),
-        ({"data_format": "pickle"}, "its pickle data .* cannot be read"),
+        ({"data_format": "pickle"}, "data_format must be one of .*, got 'pickle'"),
         ({"observation_space": ...}, "no observation_space, and minrl builds no environment"),
         ({"action_space": "{"}, "not usable"),
         ({"action_space": "[]"}, "not usable"),
@@ -203,19 +207,6 @@ def test_false_metadata_is_refused(root, make_episodes, write, changes, message)
     edit_metadata(root, **changes)
     with pytest.raises(DatasetError, match=f"dataset {NAME}.*{message}"):
         load_dataset(NAME)
-
-
-def test_no_code_named_in_metadata_runs(root, make_episodes, write, tmp_path):
-    write(NAME, make_episodes([3, 4]))
-    target = tmp_path / "was-here"
-    specification = {"id": "Evil-v0", "entry_point": "os:system", "kwargs": {"command": "id"}}
-    specification["kwargs"]["command"] = f"touch {target}"
-    edit_metadata(root, env_spec=json.dumps(specification))
-    assert load_dataset(NAME).info.environment_id == "Evil-v0"  # text only
-    edit_metadata(root, env_spec=json.dumps(specification), observation_space=...)
-    with pytest.raises(DatasetError, match="builds no environment"):
-        load_dataset(NAME)
-    assert not target.exists()
 
 
 @pytest.mark.parametrize(

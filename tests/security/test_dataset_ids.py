@@ -2,6 +2,7 @@ import os
 import sys
 
 import pytest
+from hopper_files import write_minari
 
 from minrl.data.dataset_ids import EMBEDDED_IDS, REMOTE_IDS, check_id, dataset_folder
 from minrl.data.minari_source import load_dataset
@@ -72,7 +73,7 @@ def test_hostile_id_is_refused_before_any_file_access(dataset_id):
         assert events == []
 
 
-def test_file_access_would_have_been_noticed(root):
+def test_file_access_would_have_been_noticed(datasets_path):
     error, events = file_events_of(lambda: load_dataset("a/b-v0", download=False))
     assert "not on this machine" in str(error)
     assert events
@@ -90,7 +91,10 @@ def test_known_ids_are_well_formed():
         assert check_id(dataset_id) == dataset_id
 
 
-def test_link_that_leads_out_of_the_datasets_folder_is_refused(root, tmp_path):
+def test_link_that_leads_out_of_the_datasets_folder_is_refused(tmp_path, monkeypatch):
+    root = tmp_path / "datasets"
+    root.mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
     outside = tmp_path / "outside"
     (outside / "x-v0" / "data").mkdir(parents=True)
     os.symlink(outside, root / "inside")
@@ -98,3 +102,18 @@ def test_link_that_leads_out_of_the_datasets_folder_is_refused(root, tmp_path):
         dataset_folder("inside/x-v0")
     with pytest.raises(DatasetError, match="lies outside"):
         load_dataset("inside/x-v0", download=False)
+
+
+def test_link_that_leads_out_of_a_dataset_is_refused(tmp_path, monkeypatch):
+    root = tmp_path / "datasets"
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    dataset_id = write_minari(root, "honest")
+    data = root / dataset_id / "data"
+    os.symlink("main_data.hdf5", data / "same-folder")  # leads nowhere else
+    assert load_dataset(dataset_id).num_episodes == 1
+    (data / "main_data.hdf5").rename(tmp_path / "other.hdf5")
+    os.symlink(tmp_path / "other.hdf5", data / "main_data.hdf5")
+    with pytest.raises(
+        DatasetError, match=r"main_data\.hdf5 is a link out of the dataset's folder"
+    ):
+        load_dataset(dataset_id)
