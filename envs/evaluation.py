@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,20 @@ class Evaluation:
                 "lengths": self.lengths.tolist(),
             }
         )
+
+
+class EvaluationError(EnvError):
+    """An evaluation that came to no end.
+
+    Args:
+        message: what happened, naming environment, episode and step.
+        finished: return and length by episode, of those that were over before. There is no mean of
+            them here, on purpose: short episodes are over first, so it would be that of others.
+    """
+
+    def __init__(self, message: str, finished: Mapping[int, tuple[float, int]] | None = None):
+        super().__init__(message)
+        self.finished = dict(sorted((finished or {}).items()))
 
 
 def _jsonable(value: Any) -> Any:

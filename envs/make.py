@@ -14,6 +14,7 @@ from minrl.errors import EnvError
 
 if TYPE_CHECKING:
     import gymnasium
+    from gymnasium.envs.registration import EnvSpec
 
 _SUPPORTED = "minrl supports one-dimensional Box observations with float Box actions"
 
@@ -54,17 +55,11 @@ def _near_matches(environment_id: str) -> str:
     return f"did you mean {', '.join(names)}?" if names else "see gymnasium.registry for all ids"
 
 
-def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gymnasium.Env:
-    """Make a registered environment without warnings, log files or the passive checker.
-
-    Args:
-        environment_id: id such as ``Hopper-v5``. Ids that import a module (``module:Name-v0``) are
-            refused, because ids also come from datasets and checkpoints.
-        render: make it able to ``render()`` RGB frames.
-        **kwargs: passed to ``gymnasium.make``, for example ``max_episode_steps``.
+def find_spec(environment_id: str) -> EnvSpec:
+    """Return what an environment is registered as.
 
     Raises:
-        EnvError: the id is unknown (near matches are named), or its simulator is missing.
+        EnvError: the id is unknown (near matches are named), or names a module to import.
     """
     import gymnasium
 
@@ -75,6 +70,24 @@ def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gym
         )
     if environment_id not in gymnasium.registry:
         raise EnvError(f"unknown environment {environment_id!r}: {_near_matches(environment_id)}")
+    return gymnasium.registry[environment_id]
+
+
+def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gymnasium.Env:
+    """Make a registered environment without warnings, log files or the passive checker.
+
+    Args:
+        environment_id: id such as ``Hopper-v5``. Ids that import a module (``module:Name-v0``) are
+            refused, because ids also come from datasets and checkpoints.
+        render: make it able to ``render()`` RGB frames.
+        **kwargs: passed to ``gymnasium.make``, for example ``max_episode_steps``.
+
+    Raises:
+        EnvError: the id is unknown (near matches are named), its simulator is missing, or it fails.
+    """
+    import gymnasium
+
+    find_spec(environment_id)
     if render:
         kwargs["render_mode"] = "rgb_array"
     try:
@@ -86,6 +99,8 @@ def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gym
         ) from error
     except gymnasium.error.Error as error:
         raise EnvError(f"environment {environment_id!r} cannot be made: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever its own code raises
+        raise EnvError(f"environment {environment_id!r} cannot be made: {error!r}") from error
 
 
 def check_spaces(env: gymnasium.Env) -> None:
@@ -110,3 +125,44 @@ def check_spaces(env: gymnasium.Env) -> None:
                 f"environment {name!r} has a {role} space of kind {kind}; {_SUPPORTED}. Wrap the "
                 "environment, for example with gymnasium.wrappers.FlattenObservation"
             )
+
+
+def make_limited_env(
+    environment_id: str, max_episode_steps: int | None = None, *, render: bool = False
+) -> gymnasium.Env:
+    """Make an environment that agents can act in and whose episodes surely end.
+
+    Raises:
+        EnvError: as `make_env` and `check_spaces`, or neither the environment nor the caller limits
+            the length of an episode.
+    """
+    limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
+    environment = make_env(environment_id, render=render, **limit)
+    try:
+        check_spaces(environment)
+        if environment.spec is None or environment.spec.max_episode_steps is None:
+            raise EnvError(
+                f"environment {environment_id!r} has no limit on the length of an episode; give "
+                "max_episode_steps"
+            )
+    except EnvError:
+        environment.close()
+        raise
+    return environment
+
+
+def make_limited_envs(
+    environment_id: str, count: int, max_episode_steps: int | None = None
+) -> list[gymnasium.Env]:
+    """Make as many as asked for, or none.
+
+    Raises:
+        EnvError: as `make_limited_env`.
+    """
+    environments: list[gymnasium.Env] = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            environments.append(make_limited_env(environment_id, max_episode_steps))
+            stack.callback(environments[-1].close)
+        stack.pop_all()
+    return environments

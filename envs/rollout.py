@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import warnings
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
-from minrl.envs.evaluation import Evaluation
-from minrl.envs.make import check_spaces, make_env
+from minrl.envs.evaluation import Evaluation, EvaluationError
+from minrl.envs.lanes import Lanes, place
+from minrl.envs.make import make_limited_envs
+from minrl.envs.workers import WorkerLanes
 from minrl.errors import EnvError
 
-__all__ = ["Evaluation", "Policy", "evaluate", "play_episodes"]
+__all__ = ["Evaluation", "EvaluationError", "Policy", "evaluate", "play_episodes"]
+
+_LONGEST_TIMEOUT = 1e9  # seconds; what a socket takes is not much more
+_HURRY_SECONDS = 1.0  # for the sound environments to close when another one has failed
 
 
 class Policy(Protocol):
@@ -45,104 +50,42 @@ class Policy(Protocol):
         """
 
 
-class _Lane:
-    """One row of the batch: an environment and the episodes it still has to play."""
+class _AnyLanes(Protocol):
+    """Rows of environments and the episodes that each plays: `Lanes` or `WorkerLanes`."""
 
-    def __init__(self, environment: Any, name: str, episodes: range, seed: int) -> None:
-        self.environment = environment
-        self.name = name
-        self.episodes = iter(episodes)
-        self.seed = seed
-        self.observation_shape = environment.observation_space.shape
-        self.episode, self.episode_return, self.length = -1, 0.0, 0
+    table: np.ndarray
+    name: str
 
-    def start(self) -> np.ndarray | None:
-        """Reset to the next episode and return its first observation; None when none is left."""
-        episode = next(self.episodes, None)
-        if episode is None:
-            return None
-        self.episode, self.episode_return, self.length = episode, 0.0, 0
-        episode_seed = int(np.random.SeedSequence([self.seed, episode]).generate_state(1)[0])
-        try:
-            observation, _ = self.environment.reset(seed=episode_seed)
-        except Exception as error:
-            raise EnvError(f"{self} cannot be started: {error!r}") from error
-        return self._checked(observation)
+    def start(self) -> None: ...
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """Play one step; return the observation, the reward and whether the episode has ended."""
-        try:
-            observation, reward, terminated, truncated, _ = self.environment.step(action)
-        except Exception as error:
-            raise EnvError(f"{self} cannot take action {action}: {error!r}") from error
-        reward = float(reward)
-        if not math.isfinite(reward):
-            raise EnvError(f"{self} gave the reward {reward}; every reward must be finite")
-        self.episode_return += reward
-        self.length += 1
-        return self._checked(observation), reward, bool(terminated or truncated)
+    def step(self) -> None: ...
 
-    def _checked(self, observation: np.ndarray) -> np.ndarray:
-        if np.shape(observation) != self.observation_shape:
-            raise EnvError(
-                f"{self} gave an observation of shape {np.shape(observation)}, but its space says "
-                f"{self.observation_shape}"
-            )
-        if not np.isfinite(observation).all():
-            place = np.flatnonzero(~np.isfinite(observation)).tolist()
-            raise EnvError(f"{self} gave an observation that is not finite at index {place}")
-        return observation
-
-    def __str__(self) -> str:
-        return f"environment {self.name!r}, episode {self.episode}, step {self.length}"
+    def close(self, patience: float | None = None) -> list[str]: ...
 
 
-def _check_actions(actions: np.ndarray, playing: dict[int, _Lane], batch: int) -> np.ndarray:
-    """Return the actions in the environment's type, or say what is wrong with them."""
-    first = next(iter(playing.values()))
-    space = first.environment.action_space
-    expected = (batch, *space.shape)
-    actions = np.asarray(actions)
+def _check_actions(actions: np.ndarray, lanes: _AnyLanes) -> np.ndarray:
+    """Return the actions, or say what is wrong with them."""
+    actions, table = np.asarray(actions), lanes.table
+    expected = table["action"].shape
+    if actions.shape == expected and np.isfinite(actions).all():
+        return actions
+    playing = np.flatnonzero(table["episode"] >= 0)
     if actions.shape != expected:
         raise EnvError(
             f"the agent's actions have shape {actions.shape}, but {expected} is needed in "
-            f"{first}; was the agent trained for another environment?"
+            f"{place(lanes.name, table[playing[0]])}; was the agent trained for another "
+            "environment?"
         )
-    if not np.isfinite(actions).all():
-        for row, lane in playing.items():
-            if not np.isfinite(actions[row]).all():
-                raise EnvError(f"the agent's action {actions[row]} is not finite in {lane}")
-    return actions.astype(space.dtype, copy=False)
-
-
-def make_limited_env(
-    environment_id: str, max_episode_steps: int | None = None, *, render: bool = False
-) -> Any:
-    """Make an environment that agents can act in and whose episodes surely end.
-
-    Raises:
-        EnvError: as `make_env` and `check_spaces`, or neither the environment nor the caller limits
-            the length of an episode.
-    """
-    limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
-    environment = make_env(environment_id, render=render, **limit)
-    try:
-        check_spaces(environment)
-        if environment.spec is None or environment.spec.max_episode_steps is None:
-            raise EnvError(
-                f"environment {environment_id!r} has no limit on the length of an episode; give "
-                "max_episode_steps"
-            )
-    except EnvError:
-        environment.close()
-        raise
-    return environment
+    for row in playing:
+        if not np.isfinite(actions[row]).all():
+            where = place(lanes.name, table[row])
+            raise EnvError(f"the agent's action {actions[row]} is not finite in {where}")
+    return actions
 
 
 def play_episodes(
     agent: Policy,
-    environments: Sequence[Any],
-    environment_id: str,
+    lanes: _AnyLanes,
     *,
     episodes: int,
     target_return: float | None = None,
@@ -150,43 +93,48 @@ def play_episodes(
     references: tuple[float, float] | None = None,
     on_episode: Callable[[int, float, int], None] | None = None,
 ) -> Evaluation:
-    """Play a fixed number of episodes in environments that are already made.
+    """Play the episodes of lanes that are made for as many and this seed; see `evaluate`."""
+    table = lanes.table
+    observations, rewards = table["observation"], table["reward"]
+    ended_episodes = table["ended_episode"]
+    finished: dict[int, tuple[float, int]] = {}
 
-    Environment i of B plays episodes i, i + B, i + 2B, ...: a quota fixed beforehand, because
-    keeping whichever episodes finish first would favour short ones
-    (DLR-RM/stable-baselines3#402, #447). See `evaluate` for the rest.
-    """
-    batch = len(environments)
-    lanes = [
-        _Lane(environment, environment_id, range(row, episodes, batch), seed)
-        for row, environment in enumerate(environments)
-    ]
-    observations = np.stack([lane.start() for lane in lanes])  # (B, O)
-    rewards = np.zeros(batch)  # (B,)
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)  # (E,)
-    playing = dict(enumerate(lanes))
-    agent.reset(target_return=target_return, num_envs=batch)
-    while playing:
-        # Copies, because a policy may keep what it is given.
-        actions = agent.act(observations.copy(), rewards.copy())
-        actions = _check_actions(actions, playing, batch)
-        started = np.zeros(batch, dtype=bool)
-        for row, lane in list(playing.items()):
-            observations[row], rewards[row], ended = lane.step(actions[row])
-            if not ended:
-                continue
-            returns[lane.episode], lengths[lane.episode] = lane.episode_return, lane.length
+    def collect_ended() -> np.ndarray:
+        """Take the episodes that ended; return which rows have started another."""
+        ended = np.flatnonzero(ended_episodes >= 0)
+        for row in ended:
+            episode = int(ended_episodes[row])
+            result = float(table["ended_return"][row]), int(table["ended_length"][row])
+            finished[episode] = result
             if on_episode is not None:
-                on_episode(lane.episode, lane.episode_return, lane.length)
-            rewards[row] = 0.0
-            first_observation = lane.start()
-            if first_observation is None:
-                del playing[row]  # its last observation stays in the batch, unused
-            else:
-                observations[row], started[row] = first_observation, True
-        if started.any():
-            agent.reset(started, target_return=target_return)
-    return Evaluation(environment_id, target_return, returns, lengths, seed, references)
+                on_episode(episode, *result)
+        ended_episodes[ended] = -1
+        started = np.zeros(len(table), dtype=bool)
+        started[ended] = table["episode"][ended] >= 0
+        return started
+
+    ended_episodes[:] = -1
+    try:
+        lanes.start()
+        agent.reset(target_return=target_return, num_envs=len(table))
+        while len(finished) < episodes:
+            # Copies, because a policy may keep what it is given.
+            actions = agent.act(observations.copy(), rewards.copy())
+            table["action"] = _check_actions(actions, lanes)
+            try:
+                lanes.step()
+            finally:  # of the other rows, if one failed
+                started = collect_ended()
+            if started.any():
+                agent.reset(started, target_return=target_return)
+    except EnvError as error:
+        raise EvaluationError(
+            f"{error} (after {len(finished)} of {episodes} episodes)", finished
+        ) from error
+    returns, lengths = zip(*(finished[episode] for episode in range(episodes)), strict=True)
+    return Evaluation(
+        lanes.name, target_return, np.array(returns), np.array(lengths), seed, references
+    )
 
 
 def evaluate(
@@ -197,6 +145,8 @@ def evaluate(
     target_return: float | None = None,
     seed: int = 0,
     num_envs: int | None = None,
+    num_workers: int = 0,
+    timeout: float | None = 60.0,
     max_episode_steps: int | None = None,
     references: tuple[float, float] | None = None,
     on_episode: Callable[[int, float, int], None] | None = None,
@@ -204,7 +154,11 @@ def evaluate(
     """Let an agent act for a fixed number of episodes and return what it earned.
 
     The seed of episode e depends on ``(seed, e)`` alone, so ``num_envs`` changes the speed but not
-    the start states; a deterministic agent gets the same numbers every time.
+    the start states, and ``num_workers`` changes no number at all; a deterministic agent gets the
+    same numbers every time.
+
+    In this process (``num_workers=0``) an environment that hangs or crashes takes the process with
+    it; in worker processes it costs the evaluation alone, which ends with an error.
 
     Args:
         agent: see `Policy`; it must keep its actions inside the environment's bounds.
@@ -213,35 +167,58 @@ def evaluate(
         target_return: return to ask the agent for, in reward units.
         seed: non-negative seed of the set of episodes.
         num_envs: environments stepped together; by default as many as episodes, at most 32.
+        num_workers: processes to hold the environments; 0 for this one.
+        timeout: seconds that a worker may take for a step of all its environments, None for ever;
+            it has a minute at least to make them. Nothing can be timed out in this process.
         max_episode_steps: truncate episodes here; None keeps the environment's own limit.
         references: returns that score 0 and 100 percent; None takes D4RL's where there are any.
         on_episode: called as ``on_episode(episode, episode_return, length)`` when one ends.
 
     Raises:
-        EnvError: the environment is unknown or has unsupported spaces, has no step limit, fails
-            while stepping, or gives (or is given) something non-finite or misshapen; the message
-            names environment, episode and step.
+        EnvError: the environment is unknown or has unsupported spaces, has no step limit, or cannot
+            be made, or not in another process.
+        EvaluationError: it fails, gives (or is given) something non-finite or misshapen, or its
+            process dies or gives no answer; the message names environment, episode and step, and
+            the episodes finished until then come with it.
     """
-    for name, value, lowest in (("episodes", episodes, 1), ("seed", seed, 0)):
+    for name, value, lowest in (
+        ("episodes", episodes, 1),
+        ("seed", seed, 0),
+        ("num_workers", num_workers, 0),
+    ):
         if value < lowest:
             raise EnvError(f"{name} is {value}; at least {lowest} is needed")
+    if timeout is not None and not 0 < timeout < _LONGEST_TIMEOUT:
+        raise EnvError(f"timeout is {timeout} s; it must be above 0, or None for ever")
     batch = min(episodes, 32 if num_envs is None else num_envs)
     if batch < 1:
         raise EnvError(f"num_envs is {num_envs}; at least 1 is needed")
-    environments: list[Any] = []
+    plan = {"episodes": episodes, "seed": seed}
+    lanes: _AnyLanes
+    if num_workers:
+        sizes = {"num_workers": num_workers, "batch": batch, "max_episode_steps": max_episode_steps}
+        lanes = WorkerLanes(environment_id, **sizes, **plan, timeout=timeout)
+    else:
+        environments = make_limited_envs(environment_id, batch, max_episode_steps)
+        lanes = Lanes(environments, environment_id, **plan)
     try:
-        for _ in range(batch):
-            environments.append(make_limited_env(environment_id, max_episode_steps))
-        return play_episodes(
+        result = play_episodes(
             agent,
-            environments,
-            environment_id,
+            lanes,
             episodes=episodes,
             target_return=target_return,
             seed=seed,
             references=references,
             on_episode=on_episode,
         )
-    finally:
-        for environment in environments:
-            environment.close()
+    except BaseException:
+        lanes.close(_HURRY_SECONDS)
+        raise
+    for problem in lanes.close():
+        warnings.warn(
+            f"environment {environment_id!r} was not closed properly, after its last episode: "
+            f"{problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return result

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from minrl.envs.evaluation import Evaluation
-from minrl.envs.rollout import Policy, make_limited_env, play_episodes
+from minrl.envs.lanes import Lanes
+from minrl.envs.make import make_limited_env
+from minrl.envs.rollout import Policy, play_episodes
 from minrl.errors import EnvError
 
 _PROBE_SECONDS = 60
@@ -173,9 +175,8 @@ def record_video(
         native_fps = environment.metadata.get("render_fps", fps)
         stride = max(1, round(native_fps / fps))
         filmed = _FilmedEnvironment(environment, stride)
-        result = play_episodes(
-            agent, [filmed], environment_id, episodes=1, target_return=target_return, seed=seed
-        )
+        lanes = Lanes([filmed], environment_id, episodes=1, seed=seed)
+        result = play_episodes(agent, lanes, episodes=1, target_return=target_return, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:

@@ -1,6 +1,8 @@
 """``minrl evaluate``: a trained run in its environment, every target, last and best checkpoint."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from tqdm.auto import tqdm
 
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import choose_device
-from minrl.envs.evaluation import Evaluation
+from minrl.envs.evaluation import Evaluation, EvaluationError
 from minrl.envs.make import check_spaces, make_env
 from minrl.envs.rollout import evaluate
 from minrl.errors import ConfigError
@@ -30,6 +32,8 @@ def evaluate_command(
     environment: str | None = None,
     seed: int = FINAL_SEED,
     num_envs: int | None = None,
+    num_workers: int = 0,
+    timeout: float = 60.0,
     refresh_every: int | None = None,
     device: str = "cpu",
     video: Path | None = None,
@@ -45,6 +49,9 @@ def evaluate_command(
         environment: Gymnasium id; by default the one the run was trained for.
         seed: Of the start states; the same seed gives the same numbers.
         num_envs: Environments stepped together.
+        num_workers: Processes that hold the environments, so that one which crashes or hangs takes
+            nothing with it; 0 for this process. The numbers are the same.
+        timeout: Seconds that a worker may take for one step of its environments.
         refresh_every: Rebuild the recurrent state from the last context steps this often: 0 never,
             1 at every step (windowed acting); by default as the run was trained to.
         device: cpu, cuda ...
@@ -60,6 +67,8 @@ def evaluate_command(
         environment=environment,
         seed=seed,
         num_envs=num_envs,
+        num_workers=num_workers,
+        timeout=timeout,
         refresh_every=refresh_every,
         device=device,
     )
@@ -82,6 +91,8 @@ def evaluate_run(
     environment: str | None = None,
     seed: int = FINAL_SEED,
     num_envs: int | None = None,
+    num_workers: int = 0,
+    timeout: float = 60.0,
     refresh_every: int | None = None,
     device: str = "cpu",
 ) -> list[Evaluation]:
@@ -92,6 +103,7 @@ def evaluate_run(
     Raises:
         ConfigError: If a value is impossible or the environment is of other sizes.
         CheckpointError: If there is no sound checkpoint.
+        EvaluationError: If the environment fails; what was finished until then is printed.
     """
     if checkpoint not in CHECKPOINTS:
         raise ConfigError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, not {checkpoint!r}")
@@ -112,9 +124,10 @@ def evaluate_run(
             continue
         shown[step] = name
         for target in targets:
-            with tqdm(
-                total=episodes, unit="episode", desc=f"{name} {target:g}", leave=False
-            ) as bar:
+            with (
+                show_finished(),
+                tqdm(total=episodes, unit="episode", desc=f"{name} {target:g}", leave=False) as bar,
+            ):
                 evaluation = evaluate(
                     agent,
                     environment_id,
@@ -122,6 +135,8 @@ def evaluate_run(
                     target_return=target,
                     seed=seed,
                     num_envs=num_envs,
+                    num_workers=num_workers,
+                    timeout=timeout,
                     references=agent.references,
                     on_episode=lambda *_, bar=bar: bar.update(),
                 )
@@ -135,6 +150,17 @@ def evaluate_run(
     known = evaluations[0].normalized is not None
     print(agent.info["dataset"]["score_note"] if known else "no reference scores are known")
     return evaluations
+
+
+@contextlib.contextmanager
+def show_finished() -> Iterator[None]:
+    """Print the episodes that an evaluation finished before it failed, if it does."""
+    try:
+        yield
+    except EvaluationError as error:
+        for episode, (total, length) in error.finished.items():
+            print(f"finished: episode {episode}, return {total:.1f}, {length} steps")
+        raise
 
 
 def load_agent(

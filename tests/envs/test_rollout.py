@@ -1,12 +1,14 @@
 """Evaluation against single episodes played by hand."""
 
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 from minrl.envs.make import make_env
-from minrl.envs.rollout import evaluate
+from minrl.envs.rollout import EvaluationError, evaluate
 from minrl.errors import EnvError
 
 
@@ -138,21 +140,31 @@ class Countdown(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.left = self.length = 50 if self.np_random.random() < 0.5 else 1
+        if self.length == 50 and self.fault == "reset":
+            raise OSError("simulator crashed")
         return np.array([self.length, 0.0]), {}
 
     def step(self, action):
         self.left -= 1
-        observation, reward = np.array([self.length, self.left], float), 1.0
-        if self.left == 25:
-            if self.fault == "raise":
-                raise OSError("simulator crashed")
-            if self.fault == "observation":
-                observation[1] = np.nan
-            if self.fault == "reward":
-                reward = np.inf
-            if self.fault == "shape":
-                observation = observation[:1]
-        return observation, reward, self.left == 0, False, {}
+        answer = np.array([self.length, self.left], float), 1.0, self.left == 0, False, {}
+        return FAULTS[self.fault](*answer) if self.left == 25 and self.fault in FAULTS else answer
+
+
+def crash(*_):
+    raise OSError("simulator crashed")
+
+
+FAULTS = {  # what a step answers instead
+    "raise": crash,
+    "exit": lambda *_: sys.exit(3),
+    "observation": lambda observation, *rest: (observation * [1, np.nan], *rest),
+    "nothing": lambda _, *rest: (None, *rest),
+    "words": lambda _, *rest: (["left", "right"], *rest),
+    "shape": lambda observation, *rest: (observation[:1], *rest),
+    "reward": lambda observation, _, *rest: (observation, np.inf, *rest),
+    "no reward": lambda observation, _, *rest: (observation, None, *rest),
+    "old interface": lambda observation, reward, ended, *_: (observation, reward, ended, {}),
+}
 
 
 @pytest.fixture
@@ -174,16 +186,73 @@ def test_short_episodes_are_not_favoured(countdown):
     ("fault", "message"),
     [
         ("raise", "cannot take action.*simulator crashed"),
+        ("exit", r"cannot take action.*SystemExit\(3\)"),
         ("observation", r"observation that is not finite at index \[1\]"),
+        ("nothing", "observation that is not an array of numbers"),
+        ("words", "observation that is not an array of numbers"),
         ("reward", "gave the reward inf"),
+        ("no reward", "cannot take action.*TypeError.*NoneType"),
         ("shape", r"observation of shape \(1,\), but its space says \(2,\)"),
+        ("old interface", "cannot take action.*not enough values to unpack"),
+        ("reset", "cannot be started.*simulator crashed"),
     ],
 )
-def test_faults_of_the_environment_name_it_with_episode_and_step(countdown, fault, message):
+def test_faults_of_the_environment_name_its_place_and_keep_what_is_finished(
+    countdown, fault, message
+):
+    settings = {"episodes": 20, "num_envs": 2, "seed": 1}
+    lengths = evaluate(CountingController(1), countdown, **settings).lengths
     gymnasium.registry[countdown].kwargs = {"fault": fault}
-    pattern = rf"environment 'Countdown-v0', episode \d+, step 2[45] .*{message}"
-    with pytest.raises(EnvError, match=pattern):
-        evaluate(CountingController(1), countdown, episodes=8)
+    # The first long episode of a row fails, and the rows step together, row 0 first.
+    short = [int(np.argmax(lengths[row::2] == 50)) for row in (0, 1)]
+    row = int(short[1] < short[0])
+    in_step = fault != "reset"
+    if in_step:  # the other row has time to come to its own long episode
+        finished = {0: short[0], 1: short[1]}
+    else:  # in the step that the last short episode ends with, row 1 comes later
+        finished = {0: short[row], 1: short[row] - (row == 0)}
+    pattern = (
+        rf"environment 'Countdown-v0', episode {row + 2 * short[row]}, "
+        rf"step {24 if in_step else 0} .*{message}"
+    )
+    with pytest.raises(EvaluationError, match=pattern) as caught:
+        evaluate(CountingController(1), countdown, **settings)
+    expected = {e: (1.0, 1) for e in range(20) if e // 2 < finished[e % 2]}
+    assert caught.value.finished == expected
+    assert expected
+
+
+def test_observations_come_in_the_type_of_their_space_and_are_finite_in_it(countdown):
+    class Doubles(Countdown):
+        observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    class Looks(CountingController):
+        def act(self, observations, rewards=None):
+            assert observations.dtype == np.float32
+            return super().act(observations, rewards)
+
+    gymnasium.registry[countdown].entry_point = Doubles
+    evaluate(Looks(1), countdown, episodes=3)
+
+    class Huge(Doubles):
+        def step(self, action):
+            return np.array([1.0, 1e300]), 0.0, False, False, {}
+
+    gymnasium.registry[countdown].entry_point = Huge
+    with pytest.raises(EvaluationError, match=r"not finite at index \[1\]"):
+        evaluate(CountingController(1), countdown, episodes=3)
+
+
+def test_an_environment_that_cannot_close_costs_a_warning_and_no_result(countdown):
+    class Sticks(Countdown):
+        def close(self):
+            raise OSError("port is busy")
+
+    sound = evaluate(CountingController(1), countdown, episodes=3)
+    gymnasium.registry[countdown].entry_point = Sticks
+    with pytest.warns(RuntimeWarning, match=f"'{countdown}' was not closed properly.*port is busy"):
+        result = evaluate(CountingController(1), countdown, episodes=3)
+    assert np.array_equal(result.returns, sound.returns)
 
 
 @pytest.mark.parametrize(
