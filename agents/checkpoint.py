@@ -11,22 +11,26 @@ are safetensors, the trainer state goes through ``torch.load(weights_only=True)`
 checked first (neither format checks its own).
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
-import tempfile
+import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minrl.agents.trainer_archive import read_trainer_state
 from minrl.errors import CheckpointError
 
 FORMAT = 1
+_LARGEST_JSON = 16 << 20  # bytes
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -35,25 +39,36 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: If the disk is full or not writable; the old file is still there.
     """
-    temporary = None
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files so that a crash at any moment leaves each of them as it was, or new.
+
+    They take their names in the order given, and only when all are on the disk: if there is no room
+    for the last, the first has not changed.
+
+    Raises:
+        CheckpointError: If the disk is full or not writable; nothing is left behind.
+    """
+    staged: dict[Path, Path] = {}
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        for path, content in contents.items():
+            staged[path] = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+            with staged[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    except BaseException as error:  # after Ctrl-C, too, nothing is left behind
+        for temporary in staged.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise
 
 
 def digest_of(content: bytes) -> str:
@@ -66,9 +81,7 @@ def pack_weights(tensors: Mapping[str, Tensor], header: Mapping) -> bytes:
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if not_finite:
-        raise CheckpointError(f"refusing to save weights that are not finite: {not_finite[0]}")
+    _refuse_not_finite(tensors)
     sealed = {"format": FORMAT, **header, "tensors_sha256": _digest_tensors(tensors)}
     return save(tensors, metadata={"minrl": _seal(sealed)})
 
@@ -82,7 +95,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     Raises:
         CheckpointError: If the file is missing, damaged, of another kind or a newer format.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
@@ -91,16 +104,13 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        digest = _digest_tensors(tensors)
+    except Exception as error:  # of many kinds, depending on where the reader stumbles
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
     if "minrl" not in metadata:
         raise CheckpointError(f"{path} holds no minrl agent, or its header is damaged")
     header = _unseal(metadata["minrl"], path)
-    if header["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {header['format']}; this version of minrl reads up to {FORMAT}"
-        )
-    if header.pop("tensors_sha256") != _digest_tensors(tensors):
+    if header.pop("tensors_sha256", None) != digest:
         raise CheckpointError(f"{path} is damaged: its weights do not match their SHA-256")
     return tensors, header
 
@@ -130,21 +140,26 @@ class CheckpointFolder:
             tensors: Weights of the model that acts.
             header: What :meth:`DecisionAgent.load` needs, JSON-serialisable.
             trainer_state: Tensors, numbers, strings, lists and dicts only.
+
+        Raises:
+            CheckpointError: If a tensor is not finite, or the disk is full or not writable; the
+                checkpoints that are there stay as they are.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make {self.path}: {error}") from error
+        _refuse_not_finite(trainer_state)
         buffer = io.BytesIO()
         torch.save(dict(trainer_state), buffer)
         weights, trainer, record = self._files(step)
         contents = {weights: pack_weights(tensors, header), trainer: buffer.getvalue()}
-        for path, content in contents.items():
-            write_atomically(path, content)
         digests = {path.name: digest_of(content) for path, content in contents.items()}
-        sealed = _seal({"step": step, "score": None, "files": digests, **header}, indent=2)
-        write_atomically(record, sealed.encode())
-        self._remove_old()
+        known = {"format": FORMAT, "step": step, "score": None, "files": digests}
+        contents[record] = _seal({**known, **header}, indent=2).encode()
+        self._remove_leftovers()  # first: they may be what fills the disk
+        replace_files(contents)
+        self._remove_old(step)
         return weights
 
     def set_score(self, step: int, score: float) -> None:
@@ -154,8 +169,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Return the steps of all finished checkpoints, ascending."""
-        names = (re.fullmatch(r"step-(\d{8,})\.json", path.name) for path in self.path.glob("*"))
-        return sorted(int(name[1]) for name in names if name)
+        return self._steps_with("json")
 
     def last(self) -> int:
         """Return the newest step whose files are all unchanged, warning of those that are not.
@@ -182,6 +196,8 @@ class CheckpointFolder:
         """
         path = self._files(step)[2]
         try:
+            if path.stat().st_size > _LARGEST_JSON:
+                raise CheckpointError(f"{path} is larger than any such file should be")
             return _unseal(path.read_text(), path)
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
@@ -195,8 +211,7 @@ class CheckpointFolder:
         self._verify(step)
         path = self._files(step)[1]
         try:
-            content = io.BytesIO(path.read_bytes())
-            return torch.load(content, weights_only=True, map_location="cpu")
+            return read_trainer_state(path.read_bytes())
         except Exception as error:  # of many kinds, depending on where the reader stumbles
             raise CheckpointError(f"{path} cannot be read as trainer state: {error}") from error
 
@@ -204,14 +219,23 @@ class CheckpointFolder:
         suffixes = ("safetensors", "trainer.pt", "json")
         return tuple(self.path / f"step-{step:08d}.{suffix}" for suffix in suffixes)
 
+    def _steps_with(self, suffix: str) -> list[int]:
+        pattern = rf"step-(\d{{8,}})\.{suffix}"
+        names = (re.fullmatch(pattern, path.name) for path in self.path.glob("step-*"))
+        return sorted({int(name[1]) for name in names if name})
+
     def _verify(self, step: int) -> None:
-        for name, expected in self.header(step)["files"].items():
+        *paths, record = self._files(step)
+        digests = self.header(step).get("files")
+        if not isinstance(digests, dict) or digests.keys() != {path.name for path in paths}:
+            raise CheckpointError(f"{record} is not that of these files")
+        for path in paths:
             try:
-                actual = digest_of((self.path / name).read_bytes())
+                actual = digest_of(path.read_bytes())
             except OSError as error:
-                raise CheckpointError(f"cannot read {self.path / name}: {error}") from error
-            if actual != expected:
-                raise CheckpointError(f"{self.path / name} is damaged: wrong SHA-256")
+                raise CheckpointError(f"cannot read {path}: {error}") from error
+            if actual != digests[path.name]:
+                raise CheckpointError(f"{path} is damaged: wrong SHA-256")
 
     def _newest_sound(self, steps) -> int:
         for step in steps:
@@ -227,21 +251,54 @@ class CheckpointFolder:
         scores = {}
         for step in self.steps():
             try:
-                score = self.header(step)["score"]
+                score = self.header(step).get("score")
             except CheckpointError:
                 continue  # reported by whoever tries to load it
-            scores[step] = -float("inf") if score is None else score
+            is_score = isinstance(score, (int, float)) and math.isfinite(score)
+            scores[step] = score if is_score else -math.inf
         return scores
 
-    def _remove_old(self) -> None:
-        for leftover in self.path.glob("step-*.tmp"):  # of a save that was killed
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of a save that was killed."""
+        for leftover in self.path.glob("step-*.tmp"):
             leftover.unlink(missing_ok=True)
-        scores = self._scores()
+
+    def _remove_old(self, newest: int) -> None:
+        # What is later than the newest could not be gone on from, and would only take the place of
+        # a sound one. What has no JSON belongs to a save or a removal that was killed.
+        scores = {step: score for step, score in self._scores().items() if step <= newest}
         best = max(scores, key=lambda step: (scores[step], step), default=None)
-        for step in self.steps()[: -self.keep]:
-            if step != best:
+        kept = {best, *[step for step in self.steps() if step <= newest][-self.keep :]}
+        for step in self._steps_with("(safetensors|trainer\\.pt|json)"):
+            if step < newest and step not in kept:
                 for path in reversed(self._files(step)):  # the JSON first: no half checkpoints
                     path.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in a folder survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _refuse_not_finite(values: Mapping) -> None:
+    for name, tensor in _tensors_in(values):
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"refusing to save weights that are not finite: {name}")
+
+
+def _tensors_in(values: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dicts and lists, each with its keys joined by dots."""
+    if isinstance(values, Tensor):
+        yield name, values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _tensors_in(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        yield from _tensors_in(dict(enumerate(values)), name)
 
 
 def _digest_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -264,8 +321,13 @@ def _unseal(text: str, path: Path) -> dict:
         content = json.loads(text)
         expected = content.pop("sha256")
         actual = digest_of(json.dumps(content, sort_keys=True).encode())
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its JSON cannot be read") from error
     if actual != expected:
         raise CheckpointError(f"{path} is damaged: its JSON does not match its SHA-256")
+    written_in = content.get("format", FORMAT)  # the first checkpoints' JSON does not say
+    if written_in not in range(1, FORMAT + 1):
+        raise CheckpointError(
+            f"{path} has format {written_in}; this version of minrl reads up to {FORMAT}"
+        )
     return content

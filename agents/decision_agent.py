@@ -13,6 +13,7 @@ from torch import Tensor
 from minrl import __version__
 from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights, write_atomically
 from minrl.agents.fast_step import fast_step
+from minrl.agents.fitting import check_weights
 from minrl.agents.plain_step import plain_step
 from minrl.agents.recent_steps import RecentSteps
 from minrl.agents.step_policy import StepPolicy
@@ -206,13 +207,11 @@ class DecisionAgent:
             path = folder.weights(folder.best() if checkpoint == "best" else folder.last())
         tensors, header = load_weights(path)
         try:
-            acting = header.pop("acting")
-            model = TrajectoryModel.from_description(header.pop("model"))
-            model.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
+            acting, model = header.pop("acting"), _build_model(header.pop("model"), tensors)
+            return cls(model.to(device), **acting, info=header)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} does not fit this version of minrl: {reason}") from error
-        return cls(model.to(device), **acting, info=header)
 
     @property
     def model(self) -> TrajectoryModel:
@@ -294,6 +293,20 @@ class DecisionAgent:
             raise ValueError(f"the observation of environment {row} is not finite")
 
 
+def _build_model(description: dict, tensors: dict[str, Tensor]) -> TrajectoryModel:
+    """Return the model of a description with these weights.
+
+    A file may describe any size: nothing is built of one that does not have the weights for it.
+    """
+    if description["config"]["num_layers"] > len(tensors):
+        raise ValueError(f"it describes more layers than it has weights, {len(tensors)}")
+    with torch.device("meta"):
+        check_weights("the model", TrajectoryModel.from_description(description), tensors)
+    model = TrajectoryModel.from_description(description)
+    model.load_state_dict(tensors)
+    return model
+
+
 def _checked_rewards(rewards: Any, batch: int) -> np.ndarray:
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.shape not in ((), (batch,)):
@@ -309,8 +322,9 @@ def _count_down(
         return targets.copy()
     if rewards is None:
         raise ValueError("act needs the reward of the step before: act(observation, reward)")
-    if not (np.isfinite(rewards) | starts).all():
-        raise ValueError("a reward is not finite")
+    usable = np.isfinite(rewards) | starts
+    if not usable.all():
+        raise ValueError(f"the reward of environment {usable.argmin()} is not finite")
     remaining = state.returns_to_go - rewards
     remaining[starts] = targets[starts]
     return remaining

@@ -286,7 +286,7 @@ def _constants(model: TrajectoryModel) -> list[Tensor]:
         model.action_reach,
         model.action_low,
         model.action_high,
-        torch.tensor([model.return_scale], dtype=torch.float32),
+        torch.tensor([model.return_scale, LARGEST], dtype=torch.float32),
     ]
 
 

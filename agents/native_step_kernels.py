@@ -156,13 +156,15 @@ def normalise(
     """Write (previous action, return, observation), each normalised, as rows of ``inputs``."""
     means, spread = shifted(weights, 2 * observed), shifted(weights, 3 * observed)
     middle = shifted(weights, 4 * observed)
-    scale = middle[4 * acted]
+    scale, largest = middle[4 * acted], middle[4 * acted + 1]
     for row in range(rows):
         out = shifted(inputs, row * (acted + 1 + observed))
         for i in range(acted):
             taken = (previous[row * states + i] - middle[i]) / middle[acted + i]
             out[i] = ZERO if starts[row] else taken
-        out[acted] = returns[row] / scale
+        asked = returns[row] / scale
+        asked = largest if asked > largest else asked
+        out[acted] = -largest if asked < -largest else asked
         for i in range(observed):
             value = observations[row * observed + i]
             value = weights[i] if value < weights[i] else value
@@ -285,7 +287,7 @@ def _make_step(block):
             old, new = shifted(before, start * states), shifted(after, start * states)
             starting, times = shifted(starts, start), shifted(timesteps, start)
             source, last_action = old, layers * kept
-            embedding, current = shifted(bounds, 4 * acted + 1), weights
+            embedding, current = shifted(bounds, 4 * acted + 2), weights
             for token in range(tokens):
                 normalise(
                     shifted(observations, start * observed),

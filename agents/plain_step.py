@@ -42,7 +42,7 @@ def plain_step(
     reset = torch.from_numpy(starts).to(state.device) if starts.any() else None
     with few_threads(len(observations)):
         if window is not None:
-            seen = (without_outliers(model, inputs[0]), *inputs[1:])
+            seen = (*without_outliers(model, *inputs[:2]), inputs[2])
             window.append(*seen, policy.split(state)[-1], starts)
         if window is not None and refresh_every == 1:  # nothing is ever read from the state
             actions = inside_bounds(model, window.predict(model))

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from minrl.agents.backbones.blocks import State
 from minrl.agents.trajectory import TrajectoryModel
 
-# Of a normalised observation: no real one comes near, and beyond it float32 squares overflow.
+# Of a normalised observation or return: no real one comes near, and beyond it float32 squares
+# overflow.
 LARGEST = 1e4
 
 
@@ -50,23 +51,29 @@ class StepPolicy(nn.Module):
 
         Args:
             observation: (B, O) float32; what no environment shows is cut down to ``LARGEST``.
-            return_to_go: (B,) float32, in reward units.
+            return_to_go: (B,) float32, in reward units; cut down likewise.
             timestep: (B,) int64.
             reset: (B,) bool, True where an episode starts, whatever the state there.
             state: (B, S) float32.
         """
         model = self.model
-        predicted, after = model.step(
-            without_outliers(model, observation), return_to_go, timestep, self.split(state), reset
-        )
+        seen = without_outliers(model, observation, return_to_go)
+        predicted, after = model.step(*seen, timestep, self.split(state), reset)
         action = inside_bounds(model, predicted)
         return action, self.join((*after[:-1], action))
 
 
-def without_outliers(model: TrajectoryModel, observations: Tensor) -> Tensor:
-    """Return observations, (B, O), at most ``LARGEST`` standard deviations from the mean."""
-    room = LARGEST * model.observation_std
-    return observations.clamp(model.observation_mean - room, model.observation_mean + room)
+def without_outliers(
+    model: TrajectoryModel, observations: Tensor, returns_to_go: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return observations, (B, O), and returns, (B,), cut down to where float32 can follow.
+
+    Observations to ``LARGEST`` standard deviations from the mean, returns to ``LARGEST`` times
+    their scale.
+    """
+    room, most = LARGEST * model.observation_std, LARGEST * model.return_scale
+    low, high = model.observation_mean - room, model.observation_mean + room
+    return observations.clamp(low, high), returns_to_go.clamp(-most, most)
 
 
 def inside_bounds(model: TrajectoryModel, actions: Tensor) -> Tensor:

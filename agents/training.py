@@ -4,6 +4,7 @@ import functools
 import math
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minrl.agents.device_step import Inputs, ResidentStep, Update, write
+from minrl.agents.fitting import check_keys, check_moments, check_weights
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.windows import Batch, WindowSampler
-from minrl.errors import ConfigError, TrainingError
+from minrl.errors import CheckpointError, ConfigError, TrainingError
 
 SKIPS_ALLOWED = 10
 
@@ -69,15 +71,16 @@ class OptimizationConfig:
                 found.append(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
-        for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                found.append(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                found.append(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("action_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        for name, is_possible, wanted in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "be positive and finite"),
+            ("gradient_clip", self.gradient_clip > 0, "be positive"),
+            ("warmup_steps", self.warmup_steps >= 0, "not be negative"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "be finite and not negative"),
+            ("action_dropout", 0 <= self.action_dropout < 1, "be in [0, 1)"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "be in [0, 1)"),
+        ):
+            if not is_possible:
+                found.append(f"{name} must {wanted}, not {getattr(self, name)}")
         return found
 
 
@@ -130,6 +133,10 @@ class Trainer:
         total_steps: Length of the whole run, for the cosine schedule.
         seed: Of dropout.
         device: For instance "cpu" or "cuda".
+
+    Attributes:
+        is_between_steps: Whether the weights are those of ``step_count`` steps. They may not be
+            after an exception that came from outside, such as ``KeyboardInterrupt``.
     """
 
     def __init__(
@@ -145,6 +152,7 @@ class Trainer:
         self.config, self.total_steps, self.seed = config, total_steps, seed
         self.device = torch.device(device)
         self.step_count = self._skips_in_a_row = 0
+        self.is_between_steps = True
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
@@ -189,7 +197,7 @@ class Trainer:
         """
         inputs = self._on_device(batch.rows(slice(self.rank, None, self.world_size)))
         self._begin(batch.loss_mask.sum())
-        return self._report(self.update(inputs))
+        return self._take(lambda: self.update(inputs))
 
     def step_from(self, sampler: WindowSampler) -> StepReport:
         """Take one step on the batch that ``sampler`` has for it, gathered on the device.
@@ -204,7 +212,7 @@ class Trainer:
         windows = sampler.windows(self.step_count)
         _, _, drawn, stop = windows
         self._begin((stop - drawn).sum())
-        return self._report(self._resident(windows[:, self.rank :: self.world_size]))
+        return self._take(lambda: self._resident(windows[:, self.rank :: self.world_size]))
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -236,13 +244,25 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up where :meth:`state_dict` was."""
+        """Take up where :meth:`state_dict` was.
+
+        Raises:
+            CheckpointError: If a key is missing, unknown or of another shape; nothing has changed.
+        """
+        check_keys("the state of training", self.state_dict(), state)
+        check_weights("the model", self.model, state["model"])
+        check_moments(self.model, self.update.optimizer, state["optimizer"])
+        if self.update.average is not None:
+            check_weights("the averaged model", self.update.average, state["average"])
+        elif state["average"] is not None:
+            raise CheckpointError("there are averaged weights, which ema_decay 0 has no use for")
         self.model.load_state_dict(state["model"])
         self.update.optimizer.load_state_dict(state["optimizer"])
         self.update.read_rate()
         if self.update.average is not None:
             self.update.average.load_state_dict(state["average"])
         self.step_count, self._skips_in_a_row = state["step"], state["skips_in_a_row"]
+        self.is_between_steps = True
         self._unread.clear()
         # A captured step would go on with the tensors that the optimizer had before.
         self._sampler = self._resident = None
@@ -275,18 +295,33 @@ class Trainer:
         numbers = self.learning_rate_at(self.step_count), count, share
         write(self.update.numbers, np.array(numbers, np.float32))
 
-    def _report(self, results: Tensor) -> StepReport:
+    def _take(self, update: Callable[[], Tensor]) -> StepReport:
+        self.is_between_steps = False
+        try:
+            results = update()
+        except Exception:  # memory, for instance: such come before the weights are moved
+            self.is_between_steps = True
+            raise
         report = StepReport(self.step_count, self.learning_rate_at(self.step_count), results)
         self._unread.append(report)
         self.step_count += 1
+        self.is_between_steps = True
         last = self._read_reports(self._reports_behind)
         if self._skips_in_a_row >= SKIPS_ALLOWED and last is not None:
             raise TrainingError(
                 f"the loss or its gradient was not finite {SKIPS_ALLOWED} times in a row, last at "
-                f"step {last.step + 1} (loss {last.loss}, gradient norm {last.grad_norm}); "
+                f"step {last.step + 1}: {self._name_what_is_not_finite(last)}; "
                 "the weights are those of the last finite step"
             )
         return report
+
+    def _name_what_is_not_finite(self, report: StepReport) -> str:
+        if not math.isfinite(report.loss):
+            return f"the loss is {report.loss}"
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"the gradient of {name}, though not the loss ({report.loss})"
+        return f"the norm of the gradient is {report.grad_norm}"
 
     def _read_reports(self, leave: int = 0) -> StepReport | None:
         """Count the skipped steps among all but the newest; return the last report read."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minrl.agents.backbones.blocks import ALL, MIXERS, Backbone, State
 from minrl.agents.backbones.dropout import Dropout
 from minrl.agents.backbones.scan_torch import CANDIDATES
+from minrl.errors import ConfigError
 
 DEFAULT_ATTENTION_CONTEXT = 20
 
@@ -175,12 +176,15 @@ class TrajectoryModel(nn.Module):
 
     @classmethod
     def from_description(cls, description: dict) -> "TrajectoryModel":
-        """Build the model that :meth:`describe` described."""
-        return cls(
-            description["observation_size"],
-            description["action_size"],
-            ModelConfig(**description["config"]),
-        )
+        """Build the model that :meth:`describe` described.
+
+        Raises:
+            ConfigError: If something in it is impossible.
+        """
+        config = ModelConfig(**description["config"])
+        if problems := config.problems():
+            raise ConfigError("; ".join(problems))
+        return cls(description["observation_size"], description["action_size"], config)
 
     def initial_state(self, batch_size: int) -> State:
         """Return the state before an episode: the learned one, and no action (mid-range)."""

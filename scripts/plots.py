@@ -1,8 +1,10 @@
 """The two pictures of a run."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from minrl.agents.checkpoint import write_atomically
 from minrl.envs.evaluation import Evaluation
 
 
@@ -72,4 +74,6 @@ def _subplots(count: int, title: str):
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    write_atomically(path, picture.getvalue())

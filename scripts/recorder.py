@@ -1,8 +1,10 @@
 """What happens beside the training loop: progress, metrics, evaluations, checkpoints."""
 
 import math
+import platform
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,8 +15,9 @@ from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import StepReport, Trainer
 from minrl.data.episodes import DatasetInfo
 from minrl.data.windows import Batch
-from minrl.envs.evaluation import Evaluation
+from minrl.envs.evaluation import Evaluation, EvaluationError
 from minrl.envs.rollout import evaluate
+from minrl.scripts.machine import device_name
 from minrl.scripts.plots import plot_learning_curve
 from minrl.scripts.run_folder import Metrics, RunFolder
 from minrl.scripts.train_config import TrainConfig
@@ -34,7 +37,8 @@ class Recorder:
         trainer: What to watch.
         dataset: Goes into every checkpoint.
         held_out: Batches to measure the action error on.
-        losses: Of the steps since the last line of metrics, if the run is resumed between two.
+        losses: Of the steps since the last line of metrics, if the run is resumed between two; NaN
+            for those that were skipped.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Recorder:
         )
         self.unread: list[StepReport] = []  # looking at one would wait for its step to be done
         self.shown: dict[str, str] = {}
+        self.saved_step = trainer.step_count  # nothing to save yet, or restored from there
         self.steps_timed, self.seconds = 0, 0.0
         self.started = time.perf_counter()
 
@@ -83,11 +88,12 @@ class Recorder:
         state = {
             "trainer": self.trainer.state_dict(),
             "losses": self.losses,
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
+            **circumstances(self.trainer),
         }
         weights = agent.model.state_dict()
+        self.metrics.sync()  # a resumed run keeps the lines up to its checkpoint
         self.run.checkpoints.save(self.trainer.step_count, weights, agent.header(), state)
+        self.saved_step = self.trainer.step_count
 
     def agent(self) -> DecisionAgent:
         """Return the agent that the weights of this moment make."""
@@ -101,24 +107,27 @@ class Recorder:
                 "dataset": vars(self.dataset),
                 "environment": self.config.environment,
                 "training": self.config.to_json(),
+                "trained_on": device_name(self.trainer.device),
             },
         )
 
     def close(self) -> None:
         """Save what is not saved yet, and write the table and the picture of all metrics."""
-        self.bar.close()
-        step = self.trainer.step_count
-        if step and step not in self.run.checkpoints.steps():
-            self.save()
-        self.run.write_csv()
-        title = (
-            f"{self.config.model.backbone} on {self.dataset.dataset_id}, seed {self.config.seed}"
-        )
-        picture = self.run.path / "learning_curve.png"
-        plot_learning_curve(self.run.read_metrics(), self.config.targets, title, picture)
+        try:
+            if self.trainer.is_between_steps and self.trainer.step_count != self.saved_step:
+                self.save()
+            self.run.write_csv()
+            title = (
+                f"{self.config.model.backbone} on {self.dataset.dataset_id}, "
+                f"seed {self.config.seed}"
+            )
+            path = self.run.path / "learning_curve.png"
+            plot_learning_curve(self.run.read_metrics(), self.config.targets, title, path)
+        finally:  # last: what it prints to may be gone
+            self.bar.close()
 
     def _read_losses(self) -> None:
-        self.losses += [report.loss for report in self.unread if not report.skipped]
+        self.losses += [math.nan if report.skipped else report.loss for report in self.unread]
         self.unread.clear()
 
     def _log(self, report: StepReport) -> None:
@@ -130,41 +139,66 @@ class Recorder:
             "time/steps_per_s": self.steps_timed / max(seconds, 1e-9),
         }
         self.steps_timed, self.seconds, self.started = 0, 0.0, now
-        if self.losses:  # none if every step was skipped
-            values["train/loss"] = float(np.mean(self.losses))
+        losses = [loss for loss in self.losses if not math.isnan(loss)]
+        if losses:  # none if every step was skipped
+            values["train/loss"] = float(np.mean(losses))
             self.shown["loss"] = f"{values['train/loss']:.4f}"
-            self.losses.clear()
+        if skipped := len(self.losses) - len(losses):
+            values["train/skipped_steps"] = self.shown["skipped"] = skipped
+        self.losses.clear()
         if math.isfinite(report.grad_norm):
             values["train/grad_norm"] = report.grad_norm
         self.metrics.write(self.trainer.step_count, values)
         self.bar.set_postfix(self.shown)
 
     def evaluate(self) -> None:
-        """Measure action error and returns; the mean return at the first target is the score."""
+        """Measure action error and returns; the mean return at the first target is the score.
+
+        An environment that fails costs this evaluation, not the training.
+        """
         step, config = self.trainer.step_count, self.config
         self.metrics.write(step, {"eval/action_error": self.trainer.action_error(self.held_out)})
         if not (config.environment and config.eval_episodes):
             return
-        agent = self.agent()
-        evaluations = []
-        for target in config.targets:
-            self.bar.set_postfix({**self.shown, "evaluating": f"{target:g}"})
-            evaluation = evaluate(
-                agent,
-                config.environment,
-                episodes=config.eval_episodes,
-                target_return=target,
-                seed=SELECTION_SEED + config.seed,
-                references=agent.references,
-            )
-            self.metrics.write(step, evaluation_metrics(evaluation))
-            evaluations.append(evaluation)
-        first = evaluations[0]
+        try:
+            first, *_ = [self._evaluate(target) for target in config.targets]
+        except EvaluationError as error:
+            warnings.warn(f"step {step} has no score: {error}; training goes on", stacklevel=2)
+            return
         self.run.checkpoints.set_score(step, first.return_mean)
         self.shown["return"] = f"{first.return_mean:.0f}"
         if first.normalized:
             self.shown["score"] = f"{first.normalized['mean']:.1f}%"
         self.bar.set_postfix(self.shown)
+
+    def _evaluate(self, target: float) -> Evaluation:
+        self.bar.set_postfix({**self.shown, "evaluating": f"{target:g}"})
+        agent = self.agent()
+        evaluation = evaluate(
+            agent,
+            self.config.environment,
+            episodes=self.config.eval_episodes,
+            target_return=target,
+            seed=SELECTION_SEED + self.config.seed,
+            references=agent.references,
+        )
+        self.metrics.write(self.trainer.step_count, evaluation_metrics(evaluation))
+        return evaluation
+
+
+def circumstances(trainer: Trainer) -> dict[str, str | int]:
+    """Return what, besides seed and data, the last bits of the weights depend on."""
+    name = "cpu"
+    if trainer.device.type == "cuda":
+        name = torch.cuda.get_device_name(trainer.device)
+    return {
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "device": name,
+        "processes": trainer.world_size,
+        "instructions": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "numpy": np.__version__,
+    }
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -2,14 +2,20 @@
 
 import contextlib
 import csv
+import io
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from minrl.agents.checkpoint import CheckpointFolder, write_atomically
-from minrl.errors import ConfigError
+from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.train_config import TrainConfig
+
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -35,18 +41,34 @@ class RunFolder:
         if path is None:
             name = f"{config.model.backbone}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
             path = Path("runs", "+".join(config.dataset), name)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"run-dir {path} exists already: choose another, or go on with it by "
-                f"minrl train --resume {path}"
-            )
+        run = cls(path)
+        run._refuse_used()  # before its lock would be in it
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run-dir {path} cannot be made: {error}") from error
-        run = cls(path)
-        run.write_json("config.json", config.to_json())
+        with run.locked():
+            run._refuse_used()
+            run.write_json("config.json", config.to_json())
         return run
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the only right to train in this folder; the system frees it when its holder dies.
+
+        Raises:
+            ConfigError: If another process has it.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            lock = FileLock(self.path / LOCK, timeout=0).acquire()
+        except Timeout:
+            raise ConfigError(f"another process is training in {self.path}") from None
+        with lock:
+            for leftover in self.path.glob("*.tmp"):  # of a file that was being written at a kill
+                leftover.unlink(missing_ok=True)
+            yield
 
     def read_config(self) -> TrainConfig:
         """Read config.json.
@@ -65,7 +87,7 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Return whether training came to its last step."""
         steps = self.checkpoints.steps()
-        return bool(steps) and steps[-1] >= self.read_config().steps
+        return bool(steps) and self.checkpoints.last() >= self.read_config().steps
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file into the folder, atomically."""
@@ -73,7 +95,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict]:
         """Return all lines of metrics so far, each a dict with "step"."""
-        return _read_lines(self.metrics_file)
+        return [row for row in _read_lines(self.metrics_file) if "step" in row]
 
     def read_evaluations(self) -> list[dict]:
         """Return all final evaluations so far, each what ``Evaluation.to_dict`` gives and more."""
@@ -115,41 +137,106 @@ class RunFolder:
         for row in self.read_metrics():
             rows.setdefault(row["step"], {}).update(row)
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-        with (self.path / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows[step] for step in sorted(rows))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))
+        write_atomically(self.path / "metrics.csv", table.getvalue().encode())
 
     @contextlib.contextmanager
     def metrics(self, first_step: int = 0) -> Iterator["Metrics"]:
-        """Open the metrics for writing, after what is there."""
-        from torch.utils.tensorboard import SummaryWriter
+        """Open the metrics for writing, after what is there.
 
-        purge = first_step + 1 if first_step else None
-        with (
-            self.metrics_file.open("a") as file,
-            SummaryWriter(str(self.path), purge_step=purge) as board,
+        Args:
+            first_step: Where the run goes on; TensorBoard shows no later steps of before.
+        """
+        number = len(list(self.path.glob("events.out.tfevents.*")))
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number}"
+        with contextlib.ExitStack() as files:
+            try:
+                lines = files.enter_context(self.metrics_file.open("ab", buffering=0))
+                path = self.path / f"events.out.tfevents.{name}"
+                events = files.enter_context(path.open("xb", buffering=0))
+            except OSError as error:
+                raise CheckpointError(f"cannot write in {self.path}: {error}") from error
+            yield Metrics(lines, events, first_step)
+
+    def _refuse_used(self) -> None:
+        path = self.path
+        if not path.exists():
+            return
+        # What a process killed before it had written config.json leaves behind is nothing.
+        if not path.is_dir() or any(
+            file.name != LOCK and file.suffix != ".tmp" for file in path.iterdir()
         ):
-            yield Metrics(file, board)
+            raise ConfigError(
+                f"run-dir {path} exists already: choose another, or go on with it by "
+                f"minrl train --resume {path}"
+            )
 
 
 class Metrics:
-    """Writes each line of metrics to metrics.jsonl and to TensorBoard."""
+    """Appends each line of metrics to metrics.jsonl and to a TensorBoard file.
 
-    def __init__(self, file, board):
-        self._file, self._board = file, board
+    TensorBoard's own writer does it in a thread, where a full disk goes unnoticed.
+
+    Args:
+        lines: Of JSON.
+        events: Of TensorBoard; new.
+        first_step: Where the run goes on.
+    """
+
+    def __init__(self, lines: BinaryIO, events: BinaryIO, first_step: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        self._lines, self._events = lines, events
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._append_event(file_version="brain.Event:2")
+        if first_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._append_event(step=first_step + 1, session_log=start)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write values measured after ``step`` training steps, by TensorBoard tag."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)
+        """Write values measured after ``step`` training steps, by TensorBoard tag.
+
+        Raises:
+            CheckpointError: If the disk is full.
+        """
+        _append(self._lines, (json.dumps({"step": step, **values}) + "\n").encode())
+        scalars = [self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]
+        self._append_event(step=step, summary=self._summary(value=scalars))
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut.
+
+        Raises:
+            CheckpointError: If the disk is full.
+        """
+        try:
+            os.fsync(self._lines.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._lines.name}: {error}") from error
+
+    def _append_event(self, **content) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        event = self._event(wall_time=time.time(), **content)
+        RecordWriter(record).write(event.SerializeToString())
+        _append(self._events, record.getvalue())
+
+
+def _append(file: BinaryIO, content: bytes) -> None:
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file.name}: {error}") from error
 
 
 def _read_lines(path: Path) -> list[dict]:
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # a line cut short by a crash
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

@@ -69,8 +69,6 @@ def carry_out(config: TrainConfig, threads: int = 1) -> bool:
     with FileLock(run.path.with_name(f"{run.path.name}.lock"), poll_interval=0.5):
         if is_done(config):
             return True
-        for leftover in run.path.glob("*.tmp"):  # of a file that was being written at a kill
-            leftover.unlink()
         if (run.path / "config.json").exists():
             forget_final_evaluations(run, as_begun(config, run))
             train(config, resume=run.path)

@@ -21,7 +21,7 @@ from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, DatasetError
 from minrl.scripts.evaluate import check_environment, evaluate_run, plot_asked_against_got
 from minrl.scripts.match_parameters import match_width
-from minrl.scripts.recorder import FINAL_SEED, Recorder
+from minrl.scripts.recorder import FINAL_SEED, Recorder, circumstances
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TrainConfig, task_of
 
@@ -53,38 +53,44 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             seed=config.seed,
             device=choose_device(config.device),
         )
-        run = RunFolder(resume) if resume else None
-        losses = restore(trainer, run, episodes) if run else []
         if rank != 0:  # the other processes of torchrun only compute
+            if resume:
+                restore(trainer, RunFolder(resume), episodes)
             while trainer.step_count < config.steps:
                 trainer.step_from(sampler)
             return Path()
-        unevaluated = False
-        if run:
-            unevaluated = not run.was_evaluated(config, trainer.step_count)
-            continue_run(run, config, trainer.step_count, evaluated=not unevaluated)
-        else:
-            run = RunFolder.create(config)
-        describe(run, episodes, trainer)
-        with run.metrics(trainer.step_count) as metrics, interruption() as asked:
-            batches = held_out_batches(config, held_out)
-            recorder = Recorder(run, metrics, config, trainer, episodes.info, batches, losses)
-            try:
-                if unevaluated:  # stopped between saving and the end of the evaluation
-                    recorder.evaluate()
-                while trainer.step_count < config.steps and not asked:
-                    recorder.after_step(trainer.step_from(sampler))
-            finally:  # done, stopped or failed: the weights of this moment are kept
-                recorder.close()
-    if trainer.step_count < config.steps:
-        print(f"stopped at step {trainer.step_count} and saved; to go on:")
-        print(f"  minrl train --resume {run.path}")
-    elif config.final_episodes and config.environment:
-        seed = FINAL_SEED + config.seed
-        evaluate_run(run.path, episodes=config.final_episodes, seed=seed)
-        lowest = float(np.quantile(episodes.returns, 0.05))
-        plot_asked_against_got(run.path, lowest=lowest, seed=seed)
+        run = RunFolder(resume) if resume else RunFolder.create(config)
+        with run.locked():
+            losses, unevaluated = [], False
+            if resume:
+                losses = restore(trainer, run, episodes)
+                unevaluated = not run.was_evaluated(config, trainer.step_count)
+                continue_run(run, config, trainer.step_count, evaluated=not unevaluated)
+            describe(run, episodes, trainer)
+            with run.metrics(trainer.step_count) as metrics, interruption() as asked:
+                batches = held_out_batches(config, held_out)
+                recorder = Recorder(run, metrics, config, trainer, episodes.info, batches, losses)
+                try:
+                    if unevaluated:  # stopped between saving and the end of the evaluation
+                        recorder.evaluate()
+                    while trainer.step_count < config.steps and not asked:
+                        recorder.after_step(trainer.step_from(sampler))
+                finally:  # done, stopped or failed: the weights of this moment are kept
+                    recorder.close()
+            if trainer.step_count < config.steps:
+                print(f"stopped at step {trainer.step_count} and saved; to go on:")
+                print(f"  minrl train --resume {run.path}")
+            elif config.final_episodes and config.environment:
+                evaluate_at_the_end(run, config, episodes)
     return run.path
+
+
+def evaluate_at_the_end(run: RunFolder, config: TrainConfig, episodes: Episodes) -> None:
+    """Print and write down what the trained agent gets, for what it is asked for."""
+    seed = FINAL_SEED + config.seed
+    evaluate_run(run.path, episodes=config.final_episodes, seed=seed)
+    lowest = float(np.quantile(episodes.returns, 0.05))
+    plot_asked_against_got(run.path, lowest=lowest, seed=seed)
 
 
 def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
@@ -170,7 +176,8 @@ def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]
         CheckpointError: If there is no sound checkpoint, or it does not fit.
         DatasetError: If the data has changed since.
     """
-    if not run.checkpoints.steps():  # stopped before the first: it starts again
+    if not run.checkpoints.steps():
+        print(f"there is no checkpoint in {run.path} yet: training starts again")
         return []
     step = run.checkpoints.last()
     trained_on = run.checkpoints.header(step)["dataset"]["sha256"]
@@ -182,16 +189,17 @@ def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]
     state = run.checkpoints.trainer_state(step)
     try:
         trainer.load_state_dict(state["trainer"])
-    except (KeyError, ValueError, RuntimeError) as error:
+        losses = state["losses"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {step} of {run.path} does not fit: {error}") from error
-    for name, now in (("torch", str(torch.__version__)), ("threads", torch.get_num_threads())):
-        if state[name] != now:
+    for name, now in circumstances(trainer).items():
+        if name in state and state[name] != now:
             warnings.warn(
                 f"this run was trained with {name} {state[name]}, now it is {now}: it goes on, but "
                 "not bit for bit as it would have",
                 stacklevel=2,
             )
-    return state["losses"]
+    return losses
 
 
 def continue_run(run: RunFolder, config: TrainConfig, step: int, *, evaluated: bool) -> None:

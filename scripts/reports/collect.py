@@ -37,6 +37,7 @@ class Run:
         parameters: Of the model; None if not known.
         score_note: What its scores may be compared with.
         versions: Of libraries, by name.
+        machine: That it was trained on, if known.
         library: Whose code it is; None for ours.
         note: What its author says of it.
         settings: Everything it was configured with, in one level; empty for outside agents.
@@ -57,6 +58,7 @@ class Run:
     parameters: int | None = None
     score_note: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    machine: str | None = None
     library: str | None = None
     note: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +145,7 @@ def _read_checkpoint(folder: RunFolder, run: Run) -> None:
     with contextlib.suppress(CheckpointError, IndexError, KeyError, TypeError, RuntimeError):
         header = folder.checkpoints.header(folder.checkpoints.steps()[-1])
         run.score_note, run.versions = header["dataset"]["score_note"], header["versions"]
+        run.machine = header.get("trained_on")
         model = TrajectoryModel.from_description(header["model"])
         run.parameters = sum(parameter.numel() for parameter in model.parameters())
 

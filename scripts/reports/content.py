@@ -142,6 +142,7 @@ def _protocol(study: dict[str, Any]) -> Section:
         rows.append(("other episodes", f"Evaluated on other start states than that: {named}."))
     versions = "; ".join(f"{k} {', '.join(v)}" for k, v in protocol["versions"].items())
     rows.append(("versions", versions or "not recorded: no checkpoint is in the run folders"))
+    rows.append(("trained on", ", ".join(protocol["machines"]) or "not recorded"))
     rows.append(("report made on", study["machine"]))
     values = [("seeds", ", ".join(map(str, protocol["seeds"])))]
     for title, settings in protocol["settings"].items():

@@ -210,6 +210,7 @@ def describe_protocol(
         "unexpected_seeds": _unexpected_seeds(ours),
         "score_notes": list(dict.fromkeys(task["score_note"] for task in tasks)),
         "versions": _versions(ours),
+        "machines": sorted({run.machine for run in ours if run.machine}),
         "peers": {
             run.method: {"library": run.library, "steps": run.steps, "note": run.note}
             for run in runs
@@ -269,6 +270,7 @@ def _describe_run(run: Run, tasks: list[dict[str, Any]]) -> dict[str, Any]:
         "settings",
         "score_note",
         "versions",
+        "machine",
         "library",
     ):
         values.pop(name)

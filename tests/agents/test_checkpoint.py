@@ -1,16 +1,18 @@
-import errno
 import json
 import os
-import resource
-import subprocess
-import sys
+import stat
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 
-from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights, write_atomically
+from minrl.agents.checkpoint import (
+    CheckpointFolder,
+    digest_of,
+    load_weights,
+    pack_weights,
+    write_atomically,
+)
 from minrl.errors import CheckpointError
 
 TENSORS = {"weight": torch.arange(12.0).view(3, 4), "steps": torch.tensor([1, 2])}
@@ -31,31 +33,6 @@ def test_weights_and_header_come_back_unchanged(tmp_path):
     tensors, header = load_weights(tmp_path / "a.safetensors")
     assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
     assert header == {"format": 1, **HEADER}
-
-
-def test_no_flipped_bit_is_loaded(tmp_path):
-    path = tmp_path / "a.safetensors"
-    sound = pack_weights(TENSORS, HEADER)
-    generator = np.random.default_rng(0)
-    for position in generator.integers(8 * len(sound), size=300):
-        damaged = bytearray(sound)
-        damaged[position // 8] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
-        try:
-            tensors, header = load_weights(path)
-        except CheckpointError:
-            continue
-        # A flip in a space of padding, say: nothing that matters.
-        assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
-        assert header == {"format": 1, **HEADER}
-
-
-@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, -1])
-def test_no_truncated_file_is_loaded(tmp_path, keep):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(pack_weights(TENSORS, HEADER)[:keep])
-    with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
-        load_weights(path)
 
 
 def test_other_files_are_refused_with_the_reason(tmp_path):
@@ -150,68 +127,29 @@ def test_no_sound_checkpoint_is_an_error(tmp_path):
         CheckpointFolder(tmp_path).last()
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, failing):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(CheckpointError, match=r"cannot write .*file.*No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_user_wants_for_new_ones(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "file", b"content")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
 
 
-SAVE_WITH_LIMIT = """
-import resource, signal, sys, torch
-from minrl.agents.checkpoint import CheckpointFolder
-from minrl.errors import CheckpointError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-try:
-    CheckpointFolder(sys.argv[1]).save(2, {"w": torch.ones(5000)}, {}, {"m": torch.ones(9000)})
-except CheckpointError as error:
-    print(error)
-"""
+def test_a_checkpoint_without_a_finite_score_is_never_the_best(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, [1, 2, 3], [-5.0, float("nan"), float("inf")])
+    assert folder.best() == 1
 
 
-@pytest.mark.parametrize("limit", [0, 10_000, 30_000])
-def test_a_full_disk_is_reported_and_the_old_checkpoint_stays(tmp_path, limit):
+def test_a_checkpoint_of_before_its_json_had_a_format_is_read(tmp_path):
     folder = CheckpointFolder(tmp_path)
     save_steps(folder, [1])
-    command = [sys.executable, "-c", SAVE_WITH_LIMIT, str(tmp_path), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("cannot write ")
-    assert not list(tmp_path.glob("*.tmp"))
+    record = tmp_path / "step-00000001.json"
+    content = json.loads(record.read_text())
+    del content["format"], content["sha256"]
+    digest = digest_of(json.dumps(content, sort_keys=True).encode())
+    record.write_text(json.dumps({**content, "sha256": digest}))
     assert folder.last() == 1
-    assert folder.trainer_state(1)["step"] == 1
-    assert resource.RLIMIT_FSIZE  # the limit was the child's, not ours
-
-
-KILL_LOOP = """
-import sys, torch
-from minrl.agents.checkpoint import CheckpointFolder
-folder = CheckpointFolder(sys.argv[1])
-print("ready", flush=True)
-for step in range(1, 10**6):
-    folder.save(step, {"w": torch.full((50_000,), float(step))}, {}, {"step": step})
-"""
-
-
-def test_kill_at_any_moment_of_saving_leaves_a_sound_checkpoint(tmp_path):
-    generator = np.random.default_rng(0)
-    command = [sys.executable, "-c", KILL_LOOP, str(tmp_path)]
-    for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.1 + 0.2 * generator.random())
-            process.kill()
-        folder = CheckpointFolder(tmp_path)
-        step = folder.last()  # a warning here would fail the test
-        tensors, _ = load_weights(folder.weights(step))
-        assert (tensors["w"] == step).all()
-        assert folder.trainer_state(step)["step"] == step
+    assert folder.header(1) == content

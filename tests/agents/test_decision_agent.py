@@ -8,6 +8,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from minrl import DecisionAgent, TrajectoryModel
+from minrl.agents.step_policy import LARGEST
 from minrl.agents.trajectory import ModelConfig
 from minrl.envs.make import make_env
 from minrl.errors import CheckpointError
@@ -86,25 +87,28 @@ def test_refreshing_at_every_step_equals_a_forward_over_the_window(kind):
 
 @every_kind
 @pytest.mark.parametrize("refresh_every", [0, 1, 4])
-def test_resetting_a_row_is_a_fresh_agent_and_leaves_the_others_alone(kind, refresh_every):
+def test_resetting_rows_makes_fresh_agents_of_them_and_leaves_the_others_alone(kind, refresh_every):
     options = {"refresh_every": refresh_every, "context": 5}
-    observations, rewards = make_episode(30)
-    plain = act_through(make_agent(kind, **options), observations, rewards)
+    observations, rewards = make_episode(16)
+    resets = np.random.default_rng(1).random((16, ROWS)) < 0.15  # any rows, at any steps
+    assert resets.any(axis=1).sum() > 3
+    agent, actions = make_agent(kind, **options), []
+    for t in range(16):
+        if resets[t].any():
+            agent.reset(resets[t])
+        before = np.where(resets[t], np.nan, rewards[t - 1])  # not looked at where it is reset
+        actions.append(agent.act(observations[t], before if t else None))
+    actions = np.stack(actions)
 
-    agent = make_agent(kind, **options)
-    first = act_through(agent, observations[:12], rewards[:12])
-    agent.reset(np.array([False, True, False]))
-    rest = [
-        agent.act(observations[t], np.where([False, t == 12, False], np.nan, rewards[t - 1]))
-        for t in range(12, 30)
-    ]
-    actions = np.concatenate([first, np.stack(rest)])
-    assert np.array_equal(actions[:, [0, 2]], plain[:, [0, 2]])
-
-    fresh = make_agent(kind, **options)
-    fresh.reset(num_envs=ROWS)
-    expected = act_through(fresh, observations[12:], rewards[12:])
-    assert np.array_equal(actions[12:, 1], expected[:, 1])
+    for start in {0, *np.flatnonzero(resets.any(axis=1)).tolist()}:
+        fresh = make_agent(kind, **options)
+        expected = act_through(fresh, observations[start:], rewards[start:])
+        for row in range(ROWS):
+            if start and not resets[start, row]:
+                continue
+            later = np.flatnonzero(resets[start + 1 :, row])
+            end = start + 1 + later[0] if len(later) else 16
+            assert np.array_equal(actions[start:end, row], expected[: end - start, row])
 
 
 def test_each_environment_asks_for_its_own_return():
@@ -142,20 +146,53 @@ def test_the_state_does_not_grow():
     assert sizes[0] == sizes[-1]
 
 
-def test_actions_are_inside_the_box_whatever_is_seen():
-    agent = make_agent()
+def observations_of_all_kinds(generator, model):
+    """Batches of 1,000 observations: ordinary, extreme, and at every boundary there is."""
+    mean, std = model.observation_mean.numpy(), model.observation_std.numpy()
+    most = np.finfo(np.float32).max
+    while True:
+        scale = 10.0 ** generator.uniform(-45, 38.5, size=(1000, 5))
+        yield generator.normal(size=(1000, 5))
+        yield generator.uniform(-1, 1, size=(1000, 5)) * scale
+        yield generator.choice([0, -0.0, 1, 1e-45, 1e-38, LARGEST, most, -most], size=(1000, 5))
+        edge = mean + np.float32(LARGEST) * std * generator.choice([-1, 1], size=(1000, 5))
+        yield np.nextafter(edge, generator.choice([-np.inf, np.inf], size=(1000, 5)))
+        yield np.where(generator.random((1000, 5)) < 0.2, most, mean)  # one huge among ordinary
+        yield generator.integers(-(2**62), 2**62, size=(1000, 5))  # of another type
+
+
+@pytest.mark.parametrize(
+    ("kind", "refresh_every", "count"),
+    [
+        ("joint", 0, 100_000),
+        ("minlstm-convolution", 0, 6_000),
+        ("joint", 1, 6_000),
+        pytest.param("minlstm-convolution", 0, 100_000, marks=pytest.mark.slow),
+        pytest.param("interleaved", 3, 100_000, marks=pytest.mark.slow),
+        pytest.param("joint", 1, 100_000, marks=pytest.mark.slow),
+    ],
+)
+def test_actions_are_inside_the_box_whatever_is_seen(kind, refresh_every, count):
+    agent = make_agent(kind, refresh_every=refresh_every, context=3)
     low, high = np.array([-0.3, 0.1], np.float32), np.array([0.7, 5.0], np.float32)
     agent.model.action_low.copy_(torch.from_numpy(low))
     agent.model.action_high.copy_(torch.from_numpy(high))
+    agent.model.observation_mean.copy_(torch.linspace(-3, 3, 5))
+    agent.model.observation_std.copy_(torch.tensor([1e-6, 0.1, 1.0, 7.0, 1e4]))
     generator = np.random.default_rng(0)
-    for scale in (0, 1e-30, 1, 1e6, 1e30, 3e38):
-        observations = (generator.uniform(-1, 1, size=(1000, 5)) * scale).astype(np.float32)
-        agent.reset(num_envs=1000)
-        actions = agent.act(observations)
-        assert actions.dtype == np.float32
-        assert np.isfinite(actions).all()
-        assert (actions >= low).all()
-        assert (actions <= high).all()
+    agent.reset(num_envs=1000)
+    seen = 0
+    for observations in observations_of_all_kinds(generator, agent.model):
+        agent.reset(generator.random(1000) < 0.05)
+        rewards = generator.normal(size=1000) * 10.0 ** generator.uniform(-6, 36, size=1000)
+        actions = agent.act(observations, rewards)
+        assert (actions.shape, actions.dtype) == ((1000, 2), np.float32)
+        inside = (actions >= low) & (actions <= high)  # false for a NaN
+        assert inside.all()
+        seen += 1000
+        if seen >= count:
+            break
+    assert np.ptp(actions, axis=0).min() > 0  # else the model has no say
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -168,7 +205,7 @@ def test_a_bad_observation_is_refused_by_row_and_changes_nothing(bad):
     poisoned[2, 4] = bad
     with pytest.raises(ValueError, match="observation of environment 2 is not finite"):
         agent.act(poisoned, rewards[0])
-    with pytest.raises(ValueError, match="reward is not finite"):
+    with pytest.raises(ValueError, match="reward of environment 1 is not finite"):
         agent.act(observations[1], np.array([0, bad, 0]))
     after = agent.act(observations[1], rewards[0])
     expected = act_through(make_agent(), observations[:2], rewards[:2])[1]
@@ -300,5 +337,5 @@ def test_a_missing_file_and_another_models_file_are_named(tmp_path):
     header = agent.header()
     agent.header = lambda: {**header, "model": {**header["model"], "action_size": 9}}
     agent.save(tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"does not fit.*size mismatch for action_low"):
+    with pytest.raises(CheckpointError, match=r"does not fit.*the model's action_low is \(3,\)"):
         DecisionAgent.load(tmp_path / "other.safetensors")

@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+from gymnasium.envs.registration import EnvSpec
 
 from minrl import DecisionAgent
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
@@ -122,6 +124,25 @@ def test_asked_for_is_what_the_best_tenth_and_all_of_the_data_came_to(hopper_id)
     assert asked[0] > asked[1]
     alone = choose_targets(episodes.select([0]))
     assert alone == pytest.approx((episodes.returns[0],), rel=5e-3)
+
+
+class FailingHopper(HopperEnv):
+    def step(self, action):
+        raise RuntimeError("it fell apart")
+
+
+def test_an_environment_that_fails_costs_the_evaluation_and_not_the_training(
+    hopper_id, tmp_path, monkeypatch
+):
+    spec = EnvSpec("Hopper-v99", FailingHopper, max_episode_steps=10)
+    monkeypatch.setitem(gymnasium.registry, "Hopper-v99", spec)
+    options = {"environment": "Hopper-v99", "steps": 4, "final_episodes": 0}
+    with pytest.warns(UserWarning, match=r"step 4 has no score: .*'Hopper-v99', episode 0, step 0"):
+        train(make_config(hopper_id, tmp_path / "run", **options))
+    run = RunFolder(tmp_path / "run")
+    assert run.is_finished()
+    assert run.checkpoints.header(4)["score"] is None
+    assert "eval/action_error" in run.read_metrics()[-1]
 
 
 def test_same_seed_same_run(finished, hopper_id, tmp_path):
@@ -421,22 +442,3 @@ def test_torchrun_gives_the_loss_curve_of_one_process(hopper_id, tmp_path):
     together = weights_of(tmp_path / "two")
     for name, value in weights_of(tmp_path / "one").items():
         torch.testing.assert_close(together[name], value, atol=1e-5, rtol=1e-4)
-
-
-def test_ctrl_c_on_the_command_line_saves_and_says_how_to_go_on(hopper_id, tmp_path):
-    path = tmp_path / "run"
-    command = [sys.executable, "-m", "minrl.cli", "train", "--dataset", hopper_id]
-    command += ["--steps", "100000", "--width", "16", "--run-dir", str(path), "--device", "cpu"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
-        deadline = time.monotonic() + 60
-        while not (path / "metrics.jsonl").exists() or not losses_of(path):
-            assert time.monotonic() < deadline, "no training step within a minute"
-            time.sleep(0.1)
-        run.send_signal(signal.SIGINT)
-        output, errors = run.communicate(timeout=60)
-    assert run.returncode == 130, errors
-    step = CheckpointFolder(path / "checkpoints").last()
-    assert f"stopped at step {step} and saved" in output
-    assert f"minrl train --resume {path}" in output

@@ -1,0 +1,53 @@
+"""Checkpoints written by released versions: one tiny folder for each format, kept in the tree.
+
+A change of format adds a folder beside these, written by a small training of the version that is
+released with it; none is ever written again.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minrl import DecisionAgent
+from minrl.agents import checkpoint
+from minrl.agents.checkpoint import CheckpointFolder
+from minrl.agents.training import OptimizationConfig, Trainer
+from minrl.agents.trajectory import TrajectoryModel
+
+ASSETS = Path(__file__).parents[1] / "assets" / "checkpoints"
+
+
+def test_there_is_one_for_every_format():
+    names = [f"format-{number}" for number in range(1, checkpoint.FORMAT + 1)]
+    assert sorted(path.name for path in ASSETS.iterdir()) == sorted(names)
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 50_000 * len(names)
+
+
+@pytest.mark.parametrize("path", sorted(ASSETS.iterdir()), ids=lambda path: path.name)
+def test_an_old_checkpoint_acts_and_trains_on(path, tmp_path):
+    shutil.copytree(path, tmp_path / "checkpoints")
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    step = folder.last()
+    agent = DecisionAgent.load(tmp_path)
+    agent.reset()
+    action = agent.act(np.zeros((1, agent.model.observation_size), np.float32))
+    assert np.isfinite(action).all()
+    model = TrajectoryModel.from_description(folder.header(step)["model"])
+    trainer = Trainer(model, OptimizationConfig(ema_decay=0.5), total_steps=10)
+    trainer.load_state_dict(folder.trainer_state(step)["trainer"])
+    assert trainer.step_count == step
+    weights = trainer.acting_model.state_dict()
+    for name, tensor in agent.model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+@pytest.mark.parametrize("path", sorted(ASSETS.iterdir()), ids=lambda path: path.name)
+def test_a_version_that_is_too_old_says_so(path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 0)
+    weights = next(path.glob("*.safetensors"))
+    with pytest.raises(checkpoint.CheckpointError, match=r"has format 1; this version of minrl"):
+        checkpoint.load_weights(weights)

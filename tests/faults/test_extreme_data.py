@@ -1,0 +1,81 @@
+"""The normalisation of observations that hardly differ, are far from zero, or are only one."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minrl import DecisionAgent
+from minrl.agents.trajectory import ModelConfig
+from minrl.data.episodes import DatasetInfo, Episode, Episodes
+from minrl.scripts.train import build_model
+from minrl.scripts.train_config import TrainConfig
+
+CONFIG = TrainConfig(model=ModelConfig(width=8, num_layers=1))
+KINDS = {
+    "ordinary": lambda values: values,
+    "constant": lambda values: np.full_like(values, 3.3),
+    "far-from-zero": lambda values: 1e8 + 100 * values,
+    "tiny": lambda values: 1e-8 * values,
+    "huge": lambda values: 1e15 * values,
+}
+
+
+def make_episodes(observations, lengths):
+    info = DatasetInfo("test/toy-v0", None, observations.shape[1], (-1.0, -2.0), (1.0, 2.0))
+    starts = np.cumsum([0, *lengths[:-1]])
+    episodes = [
+        Episode(observations[i : i + n + 1], np.zeros((n, 2)), np.ones(n), False, True)
+        for i, n in zip(starts, lengths, strict=True)
+    ]
+    return Episodes.from_episodes(episodes, info)
+
+
+def two_passes(column):
+    """Mean and standard deviation in the order of the textbook, exactly summed."""
+    values = [float(value) for value in column]
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [[400, 300, 299], [1]], ids=["many", "one-sample"])
+def test_normalisation_is_finite_and_that_of_two_passes(kind, lengths):
+    values = np.random.default_rng(0).normal(size=(sum(lengths) + 1, 3))
+    episodes = make_episodes(KINDS[kind](values).astype(np.float32), lengths)
+    model = build_model(CONFIG, episodes)
+    for column in range(3):
+        mean, deviation = two_passes(episodes.observations[:, column])
+        got = model.observation_mean[column].item(), model.observation_std[column].item()
+        # The buffers are float32: a deviation can be told from zero only as far as those go.
+        assert got[0] == pytest.approx(mean, rel=1e-6, abs=1e-12)
+        assert got[1] == pytest.approx(deviation + 1e-6, rel=1e-6, abs=1e-9)
+    observations = torch.from_numpy(episodes.observations)
+    normalised = (observations - model.observation_mean) / model.observation_std
+    assert normalised.isfinite().all()
+    agent = DecisionAgent(model, target_return=1.0)
+    assert np.isfinite(agent.act(episodes.observations[:1])).all()
+
+
+def test_only_what_is_trained_on_is_looked_at():
+    values = np.random.default_rng(0).normal(size=(1001, 3)).astype(np.float32)
+    episodes = make_episodes(values, [100] * 10)
+    training, held_out = episodes.split(0.3, seed=0)
+    held_out.observations[:] = 1e6
+    model = build_model(CONFIG, training)
+    assert np.abs(model.observation_mean.numpy()).max() < 1
+    np.testing.assert_allclose(
+        model.observation_mean.numpy(), training.observations.mean(0, dtype=np.float64), rtol=1e-6
+    )
+
+
+def test_normalisation_comes_back_bit_for_bit(tmp_path):
+    values = 1e8 + np.random.default_rng(0).normal(size=(101, 3))
+    model = build_model(CONFIG, make_episodes(values.astype(np.float32), [100]))
+    DecisionAgent(model, target_return=1.0).save(tmp_path / "agent.safetensors")
+    loaded = DecisionAgent.load(tmp_path / "agent.safetensors").model
+    for name, buffer in model.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), buffer), name
+    assert dataclasses.asdict(loaded.config) == dataclasses.asdict(model.config)
