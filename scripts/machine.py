@@ -35,7 +35,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         },
         "versions": {
             "minrl": __version__,
-            "python": platform.pythonversion_of(),
+            "python": platform.python_version(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
             **{name: version_of(name) for name in LIBRARIES},

@@ -1,6 +1,7 @@
 """The main promise, end to end: trained on mixed data, the agent returns what it is asked for."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,8 @@ from minrl.data.behaviours import make_embedded_dataset
 from minrl.data.windows import WindowSampler
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
+
+pytestmark = pytest.mark.integration
 
 DATASET = "minrl/hopper/medium-replay-v0"
 

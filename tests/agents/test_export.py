@@ -117,6 +117,7 @@ def act_through(agent, episode):
     return np.stack(actions)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "to"),
     [

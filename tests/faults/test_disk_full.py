@@ -50,6 +50,7 @@ def files_in(path):
     return {file.name: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.integration
 def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before_and_no_file(tmp_path):
     folder, generator = CheckpointFolder(tmp_path), np.random.default_rng(0)
     save_step(folder, 1)

@@ -41,6 +41,7 @@ def stop_by(process, number):
     assert process.exitcode is not None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kills", KILLS_WHILE_SAVING)
 def test_no_kill_while_saving_loses_a_checkpoint(tmp_path, kills):
     generator = np.random.default_rng(0)

@@ -13,6 +13,8 @@ import torch
 from minrl import DecisionAgent, TrajectoryModel
 from minrl.agents.trajectory import ModelConfig
 
+pytestmark = pytest.mark.integration
+
 FULL, SMALL = 1_000_000, 5_000  # steps of environments
 # Of each kind: model, agent, and environments at a time, since its step in PyTorch costs the same.
 KINDS = {

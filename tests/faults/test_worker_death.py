@@ -33,6 +33,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 
 @pytest.fixture
+def new_children():
+    """Return what lists the child processes that the test has added."""
+    before = children()
+    return lambda: children() - before
+
+
+@pytest.fixture
 def mark(monkeypatch):
     """A word in the environment of every process that a test starts."""
     word = uuid.uuid4().hex
@@ -126,11 +133,11 @@ LATE = "is lost: its process gave no answer in 1 s while {}"
     ],
 )
 def test_a_lost_environment_costs_no_finished_episode_and_no_time(
-    faulty, mark, tmp_path, capfd, fault, where, num_workers, message
+    faulty, mark, tmp_path, capfd, fault, where, num_workers, message, new_children
 ):
     sound = run(faulty(), 0)
     gymnasium.registry.pop("Faulty-v0")
-    before, heard = children(), {}
+    heard = {}
     name = faulty(fault=fault, where=where, helper=True, mark=str(tmp_path / "fault"))
     with pytest.raises(EvaluationError) as caught:
         run(
@@ -154,7 +161,7 @@ def test_a_lost_environment_costs_no_finished_episode_and_no_time(
     assert heard == finished
     assert f"after {len(finished)} of {EPISODES} episodes" in str(caught.value)
 
-    assert children() == before
+    assert not new_children()
     assert wait_until_gone(mark, 1.0)  # the helpers too, which the system has to bury
     output, errors = capfd.readouterr()
     assert output == ""
@@ -173,20 +180,22 @@ def test_a_lost_environment_costs_no_finished_episode_and_no_time(
         pytest.param(signal.SIGTERM, marks=slow),
     ],
 )
-def test_a_worker_that_is_killed_or_stopped_from_outside_is_noticed(faulty, signal_number):
+def test_a_worker_that_is_killed_or_stopped_from_outside_is_noticed(
+    faulty, signal_number, new_children
+):
     class Assassin(Steady):
         def act(self, observations, rewards=None):
             if self.counts[0] == 2:
-                (pid,) = children()
+                (pid,) = new_children()
                 os.kill(int(pid), signal_number)
             return super().act(observations, rewards)
 
-    assert not children()
+    assert not new_children()
     late = signal_number == signal.SIGSTOP
     fate = "gave no answer in 0.5 s" if late else f"was killed by {signal_number.name}"
     with pytest.raises(EvaluationError, match=f"episode 0, step 2 is lost: its process {fate}"):
         evaluate(Assassin(), faulty(), episodes=3, num_workers=1, timeout=0.5)
-    assert not children()
+    assert not new_children()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +207,7 @@ def test_a_worker_that_is_killed_or_stopped_from_outside_is_noticed(faulty, sign
     ],
 )
 def test_an_environment_that_cannot_close_costs_a_warning_and_no_result(
-    faulty, mark, tmp_path, fault, problem
+    faulty, mark, tmp_path, fault, problem, new_children
 ):
     name = faulty(fault=fault, where="close", helper=True, mark=str(tmp_path / "fault"))
     with pytest.warns(RuntimeWarning, match=f"'Faulty-v0' was not closed properly.*{problem}"):
@@ -206,7 +215,7 @@ def test_an_environment_that_cannot_close_costs_a_warning_and_no_result(
     assert seconds_since(tmp_path / "fault") < SECONDS + GRACE
     gymnasium.registry.pop(name)
     assert np.array_equal(result.returns, run(faulty(), 0).returns)
-    assert not children()
+    assert not new_children()
     assert wait_until_gone(mark, 1.0)
 
 
@@ -218,15 +227,17 @@ def test_an_environment_that_cannot_close_costs_a_warning_and_no_result(
         pytest.param("sleep", "cannot be made: its process gave no answer in 2 s", marks=slow),
     ],
 )
-def test_an_environment_that_cannot_be_made_is_named(faulty, mark, monkeypatch, fault, message):
+def test_an_environment_that_cannot_be_made_is_named(
+    faulty, mark, monkeypatch, fault, message, new_children
+):
     monkeypatch.setattr(workers, "_START_SECONDS", 2.0)
     with pytest.raises(EnvError, match=message):
         run(faulty(fault=fault, where="init"), 2, timeout=SECONDS)
-    assert not children()
+    assert not new_children()
     assert wait_until_gone(mark, 1.0)
 
 
-def test_an_agent_that_fails_leaves_no_worker(faulty):
+def test_an_agent_that_fails_leaves_no_worker(faulty, new_children):
     class Fails(Steady):
         def act(self, observations, rewards=None):
             if self.counts[0] == 2:
@@ -235,7 +246,7 @@ def test_an_agent_that_fails_leaves_no_worker(faulty):
 
     with pytest.raises(ZeroDivisionError):
         evaluate(Fails(), faulty(), episodes=3, num_workers=1)
-    assert not children()
+    assert not new_children()
 
 
 def test_the_command_prints_what_was_finished_and_fails(faulty, tmp_path, capsys):
@@ -316,7 +327,7 @@ def test_workers_load_neither_torch_nor_the_program_that_started_them(faulty):
         run(faulty(fault="look around", episode=0))
 
 
-def test_environments_that_workers_cannot_make_are_refused(faulty):
+def test_environments_that_workers_cannot_make_are_refused(faulty, new_children):
     class Local(Faulty):
         pass
 
@@ -331,7 +342,7 @@ def test_environments_that_workers_cannot_make_are_refused(faulty):
         gymnasium.registry.pop("Faulty-v0")
     with pytest.raises(EnvError, match="names a module to import"):
         run("faulty_environment:Faulty-v0", 1)
-    assert not children()
+    assert not new_children()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def test_every_library_has_its_program():
         assert library in program
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("index", range(len(LIBRARIES)))
 def test_programs_run_as_they_stand(index, tmp_path):
     library = LIBRARIES[index]

@@ -42,6 +42,7 @@ def test_wheel_holds_every_source_and_data_file_and_nothing_else(wheel):
     assert any(name.endswith("manifest.json") for name in inside)
 
 
+@pytest.mark.integration
 def test_every_module_of_the_wheel_can_be_imported(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

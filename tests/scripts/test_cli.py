@@ -116,6 +116,7 @@ def test_a_mistake_in_a_new_process_has_no_traceback():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.integration
 def test_train_then_evaluate_from_the_command_line(hopper_id, tmp_path):
     path = tmp_path / "run"
     small = "--width 16 --num-layers 1 --steps 4 --eval-every 4 --eval-episodes 1 --device cpu"

@@ -14,6 +14,7 @@ from minrl.scripts import doctor as module
 from minrl.scripts.doctor import check_datasets, difference_to_training
 
 
+@pytest.mark.integration
 def test_the_doctor_finds_that_everything_works_and_leaves_nothing(capsys):
     datasets = os.environ["MINARI_DATASETS_PATH"]
     assert main(["doctor"]) == 0

@@ -26,6 +26,7 @@ def study(monkeypatch, tmp_path):
     return Study(("recall-2",), ("lstm", "mingru"), 2, tmp_path / "runs", tmp_path / "results", 1)
 
 
+@pytest.mark.integration
 def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, capsys):
     main(study)
     curves = sorted(study.runs.iterdir())

@@ -20,6 +20,8 @@ from minrl.scripts.study_progress import Progress
 from minrl.scripts.study_run import carry_out, forget_final_evaluations, is_done, log_of
 from minrl.scripts.study_workers import last_line
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def finished(hopper_id, tmp_path_factory, plan):

@@ -16,11 +16,14 @@ from minrl.scripts.study_workers import LocalWorkers
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
 
+pytestmark = pytest.mark.integration
+
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from minrl.scripts.study import study
 from minrl.scripts.study_grid import StudyConfig
+
 options = {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in json.loads(sys.argv[1]).items()

@@ -415,6 +415,7 @@ def test_best_and_last_are_both_reported_and_named(finished, capsys):
     assert "D4RL reference scores" in output
 
 
+@pytest.mark.integration
 def test_torchrun_gives_the_loss_curve_of_one_process(hopper_id, tmp_path):
     model = dataclasses.replace(SMALL, dropout=0.0)
     options = {"model": model, "eval_episodes": 0, "final_episodes": 0, "log_every": 1, "steps": 6}

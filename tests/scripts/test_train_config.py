@@ -51,8 +51,10 @@ def test_counted_parameters_are_those_of_the_model(backbone):
     assert count_parameters(config, 11, 3) == sum(map(torch.numel, parameters))
 
 
-@pytest.mark.parametrize("parameters", [1, 30_000, 250_000])
-@pytest.mark.parametrize("backbone", MIXERS)
+@pytest.mark.parametrize(
+    ("backbone", "parameters"),
+    [("mingru", 1), ("mingru", 250_000), *((backbone, 30_000) for backbone in MIXERS)],
+)
 def test_no_width_comes_nearer_to_the_parameters_asked_for(backbone, parameters):
     config = quick(backbone=backbone).model
 

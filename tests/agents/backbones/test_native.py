@@ -39,6 +39,7 @@ def scan_in_new_process(*, before="", **environment):
     return notices, imported
 
 
+@pytest.mark.integration
 def test_a_later_process_loads_the_kernels_without_numba(tmp_path):
     for _ in range(2):
         notices, imported = scan_in_new_process(MINRL_CACHE=str(tmp_path))
@@ -63,6 +64,7 @@ def test_compiled_kernels_can_be_turned_off():
     assert (notices, imported) == ("[]", "imported: []")
 
 
+@pytest.mark.integration
 def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
     scan_in_new_process(MINRL_CACHE=str(tmp_path))
     (file,) = tmp_path.iterdir()
@@ -74,6 +76,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
         assert file.read_bytes() == sound
 
 
+@pytest.mark.integration
 def test_what_others_print_does_not_end_up_in_the_code(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('hello')")
     before = f"sys.path.insert(0, {str(tmp_path)!r})"
@@ -82,6 +85,7 @@ def test_what_others_print_does_not_end_up_in_the_code(tmp_path):
         assert result == ("[]", "imported: ['llvmlite']")
 
 
+@pytest.mark.integration
 def test_where_nothing_can_be_written_kernels_work_all_the_same(tmp_path):
     (tmp_path / "file").touch()  # a folder cannot be made below it, not even by root
     notices, imported = scan_in_new_process(MINRL_CACHE=str(tmp_path / "file" / "cache"))

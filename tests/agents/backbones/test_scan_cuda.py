@@ -37,6 +37,7 @@ def run_cases(**variables):
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
+@pytest.mark.integration
 @needs_triton
 def test_kernels_equal_the_float64_loop_in_the_interpreter():
     run_cases(TRITON_INTERPRET="1")
@@ -123,6 +124,7 @@ def has_ptxas():
     return bool(folder) and all((folder / tool).exists() for tool in ("ptxas", "cuobjdump"))
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not has_ptxas(), reason="Triton's compiler for CUDA is not there")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
