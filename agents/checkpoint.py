@@ -132,8 +132,8 @@ class CheckpointFolder:
         tensors: Mapping[str, Tensor],
         header: Mapping,
         trainer_state: Mapping,
-    ) -> Path:
-        """Write the checkpoint of ``step`` and remove the oldest; return its weights' path.
+    ) -> None:
+        """Write the checkpoint of ``step`` and remove the oldest.
 
         Args:
             step: Training steps taken.
@@ -160,7 +160,6 @@ class CheckpointFolder:
         self._remove_leftovers()  # first: they may be what fills the disk
         replace_files(contents)
         self._remove_old(step)
-        return weights
 
     def set_score(self, step: int, score: float) -> None:
         """Note what "best" is judged by for a checkpoint that is there; larger is better."""

@@ -101,7 +101,8 @@ SOUND = {
     "as it is": lambda episode: None,
     "both ends at the last step": put("truncations", 2, True),
     "constant feature": put("observations", (slice(None), 1), 5.0),
-    "huge reward": put("rewards", 1, 1e30),
+    "cut off by a time limit": replace(terminations=[0, 0, 0], truncations=[0, 0, 1]),
+    "largest reward": put("rewards", 1, np.finfo(np.float32).max),
     "action at its bound": put("actions", (1, 0), 1.0),
     "action a rounding beyond its bound": put("actions", (1, 0), 1.0000001),
     "huge unbounded action": put("actions", (1, 1), 1e9),
@@ -122,6 +123,16 @@ def test_unusual_but_sound_episode_passes(change):
     assert check(change) is None
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_tolerance_at_a_bound_is_a_millionth_of_it(sign):
+    bounds = ActionBounds(np.array([-1000.0, -INF]), np.array([1000.0, INF]))
+    episode = sound_episode()
+    for value, rule in ((1000.0009, None), (1000.0011, "bounds")):
+        episode["actions"] = np.full((3, 2), sign * value)
+        found = find_violation(episode, 0, observation_size=3, bounds=bounds, is_last=False)
+        assert (found.rule if found else None) == rule
+
+
 def test_unfinished_episode_passes_as_the_last_one_only():
     assert check(put("terminations", 2, False), is_last=True) is None
     assert check(put("terminations", 2, False), is_last=False).rule == "end"
@@ -140,7 +151,7 @@ def test_bad_episodes_are_refused_or_dropped_with_counts():
     settle_violations("a-v0", [], 9, "raise")
     with pytest.raises(DatasetError, match=r"a-v0: rule finite, episode 7, step 0.*3 of 9"):
         settle_violations("a-v0", violations, 9, "raise")
-    with pytest.warns(UserWarning, match=re.escape("3 of 9 episodes are bad and dropped (finite")):
+    with pytest.warns(UserWarning, match=re.escape("bad and dropped (finite 2, flags 1)")):
         settle_violations("a-v0", violations, 9, "drop")
     with pytest.raises(DatasetError, match="all 3 episodes are bad"):
         settle_violations("a-v0", violations, 3, "drop")
