@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from minrl.errors import DatasetError
@@ -54,6 +56,25 @@ def datasets_root() -> Path:
     """Return the folder of all Minari datasets: MINARI_DATASETS_PATH or ~/.minari/datasets."""
     configured = os.environ.get("MINARI_DATASETS_PATH")
     return Path(configured) if configured else Path.home() / ".minari" / "datasets"
+
+
+@contextlib.contextmanager
+def temporary_datasets() -> Iterator[Path]:
+    """Have datasets lie in an empty folder, for this process and those it starts; then remove it.
+
+    Yields:
+        The folder.
+    """
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    with tempfile.TemporaryDirectory(prefix="minrl-datasets-") as folder:
+        os.environ["MINARI_DATASETS_PATH"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["MINARI_DATASETS_PATH"]
+            else:
+                os.environ["MINARI_DATASETS_PATH"] = before
 
 
 def dataset_folder(dataset_id: str) -> Path:

@@ -22,7 +22,7 @@ from minrl import __version__
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import choose_device
 from minrl.data.behaviours import make_embedded_dataset
-from minrl.data.dataset_ids import datasets_root
+from minrl.data.dataset_ids import datasets_root, temporary_datasets
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import list_datasets, load_dataset
 from minrl.envs.make import make_env
@@ -193,12 +193,13 @@ def check_mujoco() -> tuple[str, str]:
 
 def check_round_trip(device: str) -> tuple[str, str]:
     """Make data, train, save, load and act in a temporary folder; compare acting and training."""
-    with _temporary_datasets() as folder, _silence():
+    folders = tempfile.TemporaryDirectory(prefix="minrl-doctor-")
+    with temporary_datasets(), folders as folder, _silence():
         clock = _Clock()
         make_embedded_dataset(DATASET, steps=SAMPLE_STEPS, progress=False)
         episodes = load_dataset(DATASET, download=False)
         clock.lap("data")
-        run = train(_small_run(device, folder / "run"))
+        run = train(_small_run(device, Path(folder) / "run"))
         clock.lap(f"{TRAINING_STEPS} training steps")
         agent = DecisionAgent.load(run, checkpoint="last", device=choose_device(device))
         evaluate(agent, ENVIRONMENT, episodes=2, max_episode_steps=ACTING_STEPS // 2)
@@ -247,20 +248,6 @@ class _Clock:
 
     def __str__(self) -> str:
         return ", ".join(self._laps)
-
-
-@contextlib.contextmanager
-def _temporary_datasets() -> Iterator[Path]:
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    with tempfile.TemporaryDirectory(prefix="minrl-doctor-") as folder:
-        os.environ["MINARI_DATASETS_PATH"] = str(Path(folder) / "datasets")
-        try:
-            yield Path(folder)
-        finally:
-            if before is None:
-                del os.environ["MINARI_DATASETS_PATH"]
-            else:
-                os.environ["MINARI_DATASETS_PATH"] = before
 
 
 @contextlib.contextmanager

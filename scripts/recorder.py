@@ -160,8 +160,9 @@ class Recorder:
         self.metrics.write(step, {"eval/action_error": self.trainer.action_error(self.held_out)})
         if not (config.environment and config.eval_episodes):
             return
+        agent = self.agent()
         try:
-            first, *_ = [self._evaluate(target) for target in config.targets]
+            first, *_ = [self._evaluate(agent, target) for target in config.targets]
         except EvaluationError as error:
             warnings.warn(f"step {step} has no score: {error}; training goes on", stacklevel=2)
             return
@@ -171,9 +172,8 @@ class Recorder:
             self.shown["score"] = f"{first.normalized['mean']:.1f}%"
         self.bar.set_postfix(self.shown)
 
-    def _evaluate(self, target: float) -> Evaluation:
+    def _evaluate(self, agent: DecisionAgent, target: float) -> Evaluation:
         self.bar.set_postfix({**self.shown, "evaluating": f"{target:g}"})
-        agent = self.agent()
         evaluation = evaluate(
             agent,
             self.config.environment,

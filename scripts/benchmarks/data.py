@@ -1,7 +1,5 @@
 """``minrl benchmark data``: loading a large dataset and drawing windows from it."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minrl.data.dataset_ids import temporary_datasets
 from minrl.data.episodes import Episodes
 from minrl.data.windows import WindowSampler
 from minrl.scripts.benchmarks.measuring import Clock, Contestant, Prepared, compete, summarise
@@ -109,14 +108,6 @@ def _written(episodes: Episodes) -> Iterator[Path]:
                 bool(episodes.truncated[index]),
             )
         )
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MINARI_DATASETS_PATH"] = folder
-        try:
-            write_dataset(card, single)
-            yield Path(folder)
-        finally:
-            if before is None:
-                del os.environ["MINARI_DATASETS_PATH"]
-            else:
-                os.environ["MINARI_DATASETS_PATH"] = before
+    with temporary_datasets() as folder:
+        write_dataset(card, single)
+        yield folder
