@@ -1,7 +1,6 @@
 """``minrl evaluate``: a trained run in its environment, every target, last and best checkpoint."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,8 +142,7 @@ def evaluate_run(
             print(table_row(name, step, evaluation))
             evaluations.append(evaluation)
             line = {"checkpoint": name, "step": step, "refresh_every": agent.refresh_every}
-            with (folder.path / "evaluations.jsonl").open("a") as file:
-                file.write(json.dumps(line | evaluation.to_dict()) + "\n")
+            folder.append_evaluation(line | evaluation.to_dict())
     agent, environment_id = agents[names[0]]
     print(f"{episodes} episodes each in {environment_id}, seed {seed}; score in percent:")
     known = evaluations[0].normalized is not None

@@ -16,6 +16,9 @@ from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.train_config import TrainConfig
 
 LOCK = ".lock"
+# What decides the outcome of an evaluation, of all that its line in evaluations.jsonl says.
+MADE_AS = ("checkpoint", "step", "refresh_every", "environment_id", "target_return", "episodes")
+MADE_AS += ("seed",)
 
 
 class RunFolder:
@@ -28,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.metrics_file = self.path / "metrics.jsonl"
+        self.evaluations_file = self.path / "evaluations.jsonl"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints")
 
     @classmethod
@@ -98,8 +102,18 @@ class RunFolder:
         return [row for row in _read_lines(self.metrics_file) if "step" in row]
 
     def read_evaluations(self) -> list[dict]:
-        """Return all final evaluations so far, each what ``Evaluation.to_dict`` gives and more."""
-        return _read_lines(self.path / "evaluations.jsonl")
+        """Return the evaluations so far, each what ``Evaluation.to_dict`` gives and more.
+
+        Of those made in the same way, at a resume after a kill say, the latest.
+        """
+        rows = _read_lines(self.evaluations_file)
+        return list({tuple(map(row.get, MADE_AS)): row for row in rows}.values())
+
+    def append_evaluation(self, row: dict) -> None:
+        """Add an evaluation, whole even where a crash has cut the one before it."""
+        with self.evaluations_file.open("ab+") as file:
+            whole = not file.tell() or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+            file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
 
     def was_evaluated(self, config: TrainConfig, step: int) -> bool:
         """Return whether all that is measured after a step while training was measured.

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from minrl.agents.checkpoint import write_atomically
 from minrl.errors import CheckpointError
 from minrl.scripts.recorder import FINAL_SEED
 from minrl.scripts.run_folder import RunFolder
@@ -70,7 +69,6 @@ def carry_out(config: TrainConfig, threads: int = 1) -> bool:
         if is_done(config):
             return True
         if (run.path / "config.json").exists():
-            forget_final_evaluations(run, as_begun(config, run))
             train(config, resume=run.path)
         else:
             train(config)
@@ -85,14 +83,6 @@ def as_begun(config: TrainConfig, run: RunFolder) -> TrainConfig:
 def last_step(run: RunFolder) -> int:
     """Return the step of the newest sound checkpoint, 0 if there is none yet."""
     return run.checkpoints.last() if run.checkpoints.steps() else 0
-
-
-def forget_final_evaluations(run: RunFolder, config: TrainConfig) -> None:
-    """Remove what a kill left of the final evaluation: `train` makes all of it again."""
-    rows, final = run.read_evaluations(), final_evaluations(run, config)
-    kept = "".join(json.dumps(row) + "\n" for row in rows if row not in final)
-    if rows:
-        write_atomically(run.path / "evaluations.jsonl", kept.encode())
 
 
 def keys_of_final_evaluations(run: RunFolder, config: TrainConfig) -> set[tuple]:

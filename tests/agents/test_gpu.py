@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from random_batches import make_batch
 
 from minrl import DecisionAgent, TrajectoryModel
 from minrl.agents.fast_step import GraphStep
@@ -10,7 +11,7 @@ from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import StepPolicy
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig
-from minrl.data.windows import Batch, WindowSampler
+from minrl.data.windows import WindowSampler
 from minrl.errors import TrainingError
 from minrl.scripts.benchmarks.synthetic import make_episodes
 
@@ -20,19 +21,6 @@ pytestmark = [
 ]
 
 
-def make_batch(step):
-    generator = np.random.default_rng(step)
-    mask = np.arange(20) < generator.integers(1, 21, size=64)[:, None]
-    return Batch(
-        observations=generator.normal(size=(64, 20, 11)).astype(np.float32),
-        actions=np.tanh(generator.normal(size=(64, 20, 3))).astype(np.float32),
-        returns_to_go=generator.normal(size=(64, 20)).astype(np.float32),
-        timesteps=np.tile(np.arange(20), (64, 1)),
-        mask=mask,
-        loss_mask=mask,
-    )
-
-
 @pytest.mark.parametrize("tokens", ["joint", "interleaved"])
 def test_training_on_cuda_follows_the_cpu(tokens):
     losses = {}
@@ -40,7 +28,7 @@ def test_training_on_cuda_follows_the_cpu(tokens):
         torch.manual_seed(0)
         model = TrajectoryModel(11, 3, ModelConfig(tokens=tokens))
         trainer = Trainer(model, OptimizationConfig(), total_steps=20, device=device)
-        reports = [trainer.step(make_batch(step)) for step in range(20)]
+        reports = [trainer.step(make_batch(step, 64, 20, 11, 3)) for step in range(20)]
         losses[device] = [report.loss for report in reports]
     np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=1e-3)
 

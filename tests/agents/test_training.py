@@ -4,26 +4,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from random_batches import make_batch
 
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
-from minrl.data.windows import Batch
 from minrl.errors import CheckpointError
-
-
-def make_batch(step, rows=8, length=6):
-    generator = np.random.default_rng((7, step))
-    lengths = generator.integers(1, length + 1, size=rows)
-    mask = np.arange(length) < lengths[:, None]
-    return Batch(
-        observations=generator.normal(size=(rows, length, 4)).astype(np.float32),
-        actions=np.tanh(generator.normal(size=(rows, length, 2))).astype(np.float32),
-        returns_to_go=generator.normal(size=(rows, length)).astype(np.float32),
-        timesteps=np.tile(np.arange(length), (rows, 1)),
-        mask=mask,
-        loss_mask=mask,
-    )
 
 
 def make_trainer(

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from random_batches import make_batch
 
 from minrl.agents.checkpoint import CheckpointFolder
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
-from minrl.data.windows import Batch
 from minrl.errors import CheckpointError, TrainingError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
@@ -25,19 +25,6 @@ def make_trainer():
     model = TrajectoryModel(4, 2, ModelConfig(width=16, num_layers=2, dropout=0.1))
     config = OptimizationConfig(warmup_steps=5, ema_decay=0.9)
     return Trainer(model, config, total_steps=1000, seed=3)
-
-
-def make_batch(step):
-    generator = np.random.default_rng((7, step))
-    mask = np.arange(6) < generator.integers(1, 7, size=8)[:, None]
-    return Batch(
-        observations=generator.normal(size=(8, 6, 4)).astype(np.float32),
-        actions=np.tanh(generator.normal(size=(8, 6, 2))).astype(np.float32),
-        returns_to_go=generator.normal(size=(8, 6)).astype(np.float32),
-        timesteps=np.tile(np.arange(6), (8, 1)),
-        mask=mask,
-        loss_mask=mask,
-    )
 
 
 def step_with_bad_batch(trainer, batch, generator):

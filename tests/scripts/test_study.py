@@ -17,7 +17,7 @@ from minrl.errors import ConfigError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.study import study
 from minrl.scripts.study_progress import Progress
-from minrl.scripts.study_run import carry_out, forget_final_evaluations, is_done, log_of
+from minrl.scripts.study_run import carry_out, is_done, log_of
 from minrl.scripts.study_workers import last_line
 
 pytestmark = pytest.mark.integration
@@ -46,8 +46,7 @@ def results_of(run):
         {name: value for name, value in row.items() if not name.startswith("time/")}
         for row in RunFolder(run.run_dir).read_metrics()
     ]
-    lines = (run.run_dir / "evaluations.jsonl").read_text().splitlines()
-    return weights, scores, rows, [json.loads(line) for line in lines]
+    return weights, scores, rows, RunFolder(run.run_dir).read_evaluations()
 
 
 def assert_same_results(run, expected):
@@ -172,14 +171,18 @@ def test_a_finished_run_is_not_touched(finished):
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
-def test_evaluations_that_a_user_asked_for_are_kept(finished, tmp_path):
+def test_evaluations_that_a_user_asked_for_are_kept_and_the_cut_one_is_made_again(
+    finished, tmp_path
+):
     run = copy_of(finished, tmp_path)
     path = run.run_dir / "evaluations.jsonl"
-    lines = path.read_text().splitlines()
-    own = json.loads(lines[0]) | {"seed": 3}
-    path.write_text("\n".join([json.dumps(own), *lines[:-1], ""]))
-    forget_final_evaluations(RunFolder(run.run_dir), RunFolder(run.run_dir).read_config())
-    assert path.read_text() == json.dumps(own) + "\n"
+    first, *others = path.read_text().splitlines(keepends=True)
+    own = json.loads(first) | {"seed": 3}
+    path.write_text(json.dumps(own) + "\n" + "".join(others) + first[:-30])
+    assert carry_out(run)
+    found, expected = (RunFolder(one.run_dir).read_evaluations() for one in (run, finished))
+    assert found.pop(0) == own
+    assert sorted(map(str, found)) == sorted(map(str, expected))
 
 
 def carry_out_and_die(run, moment):

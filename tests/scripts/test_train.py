@@ -2,7 +2,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,44 +13,18 @@ import pytest
 import torch
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.registration import EnvSpec
+from small_runs import SMALL, make_config
 
 from minrl import DecisionAgent
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
 from minrl.agents.training import OptimizationConfig
 from minrl.agents.trajectory import ModelConfig
 from minrl.data.minari_source import load_dataset
-from minrl.errors import CheckpointError, ConfigError, DatasetError, EnvError, TrainingError
-from minrl.scripts.evaluate import check_environment, evaluate_run
+from minrl.errors import ConfigError, DatasetError, EnvError, TrainingError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import choose_targets, train
-from minrl.scripts.train_config import TrainConfig
 
-SMALL = ModelConfig(width=16, num_layers=1)
 CONSTANT = OptimizationConfig(schedule="constant")
-
-
-def make_config(dataset, run_dir, **options):
-    base = TrainConfig(
-        dataset=(dataset,) if isinstance(dataset, str) else dataset,
-        model=SMALL,
-        steps=12,
-        batch_size=8,
-        eval_every=4,
-        eval_episodes=2,
-        final_episodes=2,
-        log_every=5,
-        device="cpu",
-        run_dir=run_dir,
-    )
-    return dataclasses.replace(base, **options)
-
-
-@pytest.fixture(scope="module")
-def finished(hopper_id, tmp_path_factory):
-    """A small run from start to end."""
-    path = tmp_path_factory.mktemp("runs") / "run"
-    assert train(make_config(hopper_id, path)) == path
-    return path
 
 
 def weights_of(path):
@@ -357,62 +330,6 @@ def test_wrong_input_names_the_field_and_leaves_nothing(case, hopper_id, tmp_pat
     with pytest.raises(error, match=message):
         train(make_config(**{"dataset": hopper_id, "run_dir": path, **options}))
     assert not path.exists()
-
-
-def test_evaluating_in_another_environment_is_refused(finished):
-    for other in ("Walker2d-v5", "Reacher-v5"):
-        with pytest.raises(ConfigError, match=r"checkpoint is from Hopper-v5 \(11 observations"):
-            evaluate_run(finished, episodes=1, environment=other)
-    with pytest.raises(ConfigError, match="the data is from HalfCheetah-v5"):  # of the same sizes
-        check_environment("Walker2d-v5", (17, 6), "HalfCheetah-v5", "the data")
-    check_environment("HalfCheetah-v4", (17, 6), "HalfCheetah-v5", "the data")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"episodes": 0}, "episodes must be at least 1, not 0"),
-        ({"checkpoint": "first"}, "checkpoint must be one of both, last, best, not 'first'"),
-        ({"refresh_every": -1}, "refresh-every must be at least 0, not -1"),
-        ({"device": "gpu0"}, "device 'gpu0' cannot be used"),
-    ],
-)
-def test_impossible_evaluations_are_named(finished, options, message):
-    with pytest.raises(ConfigError, match=message):
-        evaluate_run(finished, **{"episodes": 1, **options})
-
-
-def test_evaluating_without_a_sound_checkpoint_is_an_error(hopper_id, tmp_path):
-    path = tmp_path / "run"
-    train(make_config(hopper_id, path, steps=2, eval_episodes=0, final_episodes=0))
-    for file in (path / "checkpoints").glob("*.safetensors"):
-        file.write_bytes(b"")
-    with (
-        pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(CheckpointError, match="no sound checkpoint"),
-    ):
-        evaluate_run(path, episodes=1)
-
-
-def test_evaluation_does_not_depend_on_how_many_environments_step_together(finished):
-    results = [
-        evaluate_run(finished, episodes=4, checkpoint="last", targets=(900.0,), num_envs=number)
-        for number in (1, 3, None)
-    ]
-    for (evaluation,) in results[1:]:
-        assert evaluation.lengths.tolist() == results[0][0].lengths.tolist()
-        np.testing.assert_allclose(evaluation.returns, results[0][0].returns, rtol=1e-4)
-
-
-def test_best_and_last_are_both_reported_and_named(finished, capsys):
-    evaluate_run(finished, episodes=2)
-    output = capsys.readouterr().out
-    steps = {
-        name: re.search(rf"^{name}\s+(\d+)", output, re.M).group(1) for name in ("last", "best")
-    }
-    folder = CheckpointFolder(finished / "checkpoints")
-    assert steps == {"last": str(folder.last()), "best": str(folder.best())}
-    assert "D4RL reference scores" in output
 
 
 @pytest.mark.integration

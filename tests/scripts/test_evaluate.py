@@ -1,0 +1,66 @@
+import re
+
+import numpy as np
+import pytest
+from small_runs import make_config
+
+from minrl.agents.checkpoint import CheckpointFolder
+from minrl.errors import CheckpointError, ConfigError
+from minrl.scripts.evaluate import check_environment, evaluate_run
+from minrl.scripts.train import train
+
+
+def test_evaluating_in_another_environment_is_refused(finished):
+    for other in ("Walker2d-v5", "Reacher-v5"):
+        with pytest.raises(ConfigError, match=r"checkpoint is from Hopper-v5 \(11 observations"):
+            evaluate_run(finished, episodes=1, environment=other)
+    with pytest.raises(ConfigError, match="the data is from HalfCheetah-v5"):  # of the same sizes
+        check_environment("Walker2d-v5", (17, 6), "HalfCheetah-v5", "the data")
+    check_environment("HalfCheetah-v4", (17, 6), "HalfCheetah-v5", "the data")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episodes": 0}, "episodes must be at least 1, not 0"),
+        ({"checkpoint": "first"}, "checkpoint must be one of both, last, best, not 'first'"),
+        ({"refresh_every": -1}, "refresh-every must be at least 0, not -1"),
+        ({"device": "gpu0"}, "device 'gpu0' cannot be used"),
+    ],
+)
+def test_impossible_evaluations_are_named(finished, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate_run(finished, **{"episodes": 1, **options})
+
+
+def test_evaluating_without_a_sound_checkpoint_is_an_error(hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, steps=2, eval_episodes=0, final_episodes=0))
+    for file in (path / "checkpoints").glob("*.safetensors"):
+        file.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(CheckpointError, match="no sound checkpoint"),
+    ):
+        evaluate_run(path, episodes=1)
+
+
+def test_evaluation_does_not_depend_on_how_many_environments_step_together(finished):
+    results = [
+        evaluate_run(finished, episodes=4, checkpoint="last", targets=(900.0,), num_envs=number)
+        for number in (1, 3, None)
+    ]
+    for (evaluation,) in results[1:]:
+        assert evaluation.lengths.tolist() == results[0][0].lengths.tolist()
+        np.testing.assert_allclose(evaluation.returns, results[0][0].returns, rtol=1e-4)
+
+
+def test_best_and_last_are_both_reported_and_named(finished, capsys):
+    evaluate_run(finished, episodes=2)
+    output = capsys.readouterr().out
+    steps = {
+        name: re.search(rf"^{name}\s+(\d+)", output, re.M).group(1) for name in ("last", "best")
+    }
+    folder = CheckpointFolder(finished / "checkpoints")
+    assert steps == {"last": str(folder.last()), "best": str(folder.best())}
+    assert "D4RL reference scores" in output
