@@ -123,8 +123,8 @@ def export_agent(agent: DecisionAgent, path: Path | str, to: str) -> float:
             unchecked.replace(path)
     except ModuleNotFoundError as error:
         raise ExportError(
-            f'{error.name} is missing, which --to onnx needs: pip install "minrl[export]", or '
-            "export --to pt2"
+            f"{error.name} is missing, which --to onnx needs: "
+            "pip install onnx onnxscript onnxruntime, or export --to pt2"
         ) from error
     finally:
         agent.model.train(training)

@@ -129,7 +129,7 @@ def _choose_writer(path: Path) -> Callable[[Path, list[np.ndarray], float], None
         raise EnvError(f"cannot record a video to {str(path)!r}: the name must end in .mp4 or .gif")
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         raise EnvError(
-            f"writing {str(path)!r} needs imageio-ffmpeg: pip install 'minrl[video]', or record to "
+            f"writing {str(path)!r} needs imageio-ffmpeg: pip install imageio-ffmpeg, or record to "
             "a .gif"
         )
     return _write_mp4

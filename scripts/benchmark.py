@@ -166,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
         for name, (_, text) in _BENCHMARKS.items()
     )
     for each in (scan, layer):
-        each.add_argument("--peers", action="store_true", help='other packages: "minrl[bench]"')
+        each.add_argument(
+            "--peers", action="store_true", help='other packages, those of the extra "bench"'
+        )
         each.add_argument("--shapes", nargs="+", help="such as 64x60x128, instead of a grid")
     for each, choices in ((scan, DIRECTIONS), (layer, ("forward", "both"))):
         each.add_argument("--directions", nargs="+", choices=choices)

@@ -14,7 +14,6 @@ from minrl.envs.make import check_spaces, make_env
 from minrl.envs.rollout import evaluate
 from minrl.errors import ConfigError
 from minrl.scripts.plots import plot_target_vs_return
-from minrl.scripts.recorder import FINAL_SEED
 from minrl.scripts.run_folder import RunFolder
 
 SWEEP_TARGETS, SWEEP_EPISODES = 6, 10
@@ -29,7 +28,7 @@ def evaluate_command(
     targets: tuple[float, ...] = (),
     checkpoint: str = "both",
     environment: str | None = None,
-    seed: int = FINAL_SEED,
+    seed: int | None = None,
     num_envs: int | None = None,
     num_workers: int = 0,
     timeout: float = 60.0,
@@ -46,7 +45,8 @@ def evaluate_command(
         checkpoint: last, best or both. Best is the one with the highest return at the first target
             while training, on other start states than these.
         environment: Gymnasium id; by default the one the run was trained for.
-        seed: Of the start states; the same seed gives the same numbers.
+        seed: Of the start states, by default that of the run's final evaluation; the same seed
+            gives the same numbers.
         num_envs: Environments stepped together.
         num_workers: Processes that hold the environments, so that one which crashes or hangs takes
             nothing with it; 0 for this process. The numbers are the same.
@@ -58,7 +58,7 @@ def evaluate_command(
     """
     if video is not None and video.suffix not in VIDEO_FORMATS:
         raise ConfigError(f"video must end in {' or '.join(VIDEO_FORMATS)}, not {str(video)!r}")
-    evaluate_run(
+    first, *_ = evaluate_run(
         run,
         episodes=episodes,
         targets=targets,
@@ -77,7 +77,7 @@ def evaluate_command(
         name = "best" if checkpoint == "best" else "last"
         agent, environment = load_agent(run, name, environment, refresh_every, device)
         target = targets[0] if targets else agent.target_return
-        record_video(agent, environment, video, target_return=target, seed=seed)
+        record_video(agent, environment, video, target_return=target, seed=first.seed)
         print(f"video of one episode of the {name} checkpoint at target {target:g}: {video}")
 
 
@@ -88,7 +88,7 @@ def evaluate_run(
     targets: tuple[float, ...] = (),
     checkpoint: str = "both",
     environment: str | None = None,
-    seed: int = FINAL_SEED,
+    seed: int | None = None,
     num_envs: int | None = None,
     num_workers: int = 0,
     timeout: float = 60.0,
@@ -111,7 +111,9 @@ def evaluate_run(
     if refresh_every is not None and refresh_every < 0:
         raise ConfigError(f"refresh-every must be at least 0, not {refresh_every}")
     folder = RunFolder(run)
-    targets = targets or folder.read_config().targets
+    config = folder.read_config()
+    targets = targets or config.targets
+    seed = config.final_seed if seed is None else seed
     names = ("last", "best") if checkpoint == "both" else (checkpoint,)
     agents = {name: load_agent(run, name, environment, refresh_every, device) for name in names}
     evaluations, shown = [], {}
@@ -212,9 +214,10 @@ def check_environment(name: str, sizes: tuple[int, int], belongs_to: str | None,
         )
 
 
-def plot_asked_against_got(run: Path | str, *, lowest: float, seed: int = FINAL_SEED) -> None:
+def plot_asked_against_got(run: Path | str, *, lowest: float) -> None:
     """Ask the last checkpoint for returns from ``lowest`` to its target; draw what it gets."""
     agent, environment = load_agent(run, "last", None, None, "cpu")
+    seed = RunFolder(run).read_config().final_seed
     targets = np.linspace(lowest, agent.target_return, SWEEP_TARGETS)
     evaluations = [
         evaluate(agent, environment, episodes=SWEEP_EPISODES, target_return=target, seed=seed)

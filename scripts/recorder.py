@@ -22,10 +22,6 @@ from minrl.scripts.plots import plot_learning_curve
 from minrl.scripts.run_folder import Metrics, RunFolder
 from minrl.scripts.train_config import TrainConfig
 
-# Evaluations while training choose the best checkpoint; the final ones, which report it, must not
-# share their start states.
-SELECTION_SEED, FINAL_SEED = 10_000, 20_000
-
 
 class Recorder:
     """Watches a trainer and writes what it does into a run folder.
@@ -179,7 +175,7 @@ class Recorder:
             self.config.environment,
             episodes=self.config.eval_episodes,
             target_return=target,
-            seed=SELECTION_SEED + self.config.seed,
+            seed=self.config.selection_seed,
             references=agent.references,
         )
         self.metrics.write(self.trainer.step_count, evaluation_metrics(evaluation))

@@ -88,7 +88,7 @@ def connect(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise AdapterError("--ray needs Ray: pip install 'minrl[ray]'") from error
+        raise AdapterError("--ray needs Ray: pip install ray") from error
     try:
         ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, ValueError, RuntimeError) as error:

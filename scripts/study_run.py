@@ -18,7 +18,6 @@ import torch
 from filelock import FileLock
 
 from minrl.errors import CheckpointError
-from minrl.scripts.recorder import FINAL_SEED
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
@@ -98,7 +97,7 @@ def final_evaluations(run: RunFolder, config: TrainConfig) -> list[dict]:
         "environment_id": config.environment,
         "episodes": config.final_episodes,
         "refresh_every": config.refresh_every,
-        "seed": FINAL_SEED + config.seed,
+        "seed": config.final_seed,
     }
     rows = [row for row in run.read_evaluations() if row["target_return"] in config.targets]
     return [row for row in rows if made_as.items() <= row.items()]

@@ -21,7 +21,7 @@ from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, DatasetError
 from minrl.scripts.evaluate import check_environment, evaluate_run, plot_asked_against_got
 from minrl.scripts.match_parameters import match_width
-from minrl.scripts.recorder import FINAL_SEED, Recorder, circumstances
+from minrl.scripts.recorder import Recorder, circumstances
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TrainConfig, task_of
 
@@ -87,10 +87,9 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
 
 def evaluate_at_the_end(run: RunFolder, config: TrainConfig, episodes: Episodes) -> None:
     """Print and write down what the trained agent gets, for what it is asked for."""
-    seed = FINAL_SEED + config.seed
-    evaluate_run(run.path, episodes=config.final_episodes, seed=seed)
+    evaluate_run(run.path, episodes=config.final_episodes)
     lowest = float(np.quantile(episodes.returns, 0.05))
-    plot_asked_against_got(run.path, lowest=lowest, seed=seed)
+    plot_asked_against_got(run.path, lowest=lowest)
 
 
 def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Train behaviour policies online, as those in ``data/policies`` were (``minrl[behaviours]``).
+"""Train behaviour policies online, as those in ``data/policies`` were (extra: ``behaviours``).
 
 Run: ``python -m minrl.scripts.train_behaviours --environment hopper --out policies``. The policy
 files and the ``manifest.json`` that come out are what ``data/policies`` holds and
@@ -183,7 +183,7 @@ def make_learner(task: Task, seed: int) -> tuple[Any, Callable[[Any], dict]]:
         return make_sac(task.environment_id, seed), export_sac
     except ImportError as error:
         raise ConfigError(
-            f"training behaviours needs {error.name}: pip install 'minrl[behaviours]'"
+            f"training behaviours needs {error.name}: pip install stable-baselines3 sbx-rl"
         ) from error
 
 

@@ -13,6 +13,10 @@ from minrl.errors import ConfigError
 
 DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"
 
+# Evaluations while training choose the best checkpoint; the final ones, which report it, must not
+# share their start states.
+SELECTION_SEED, FINAL_SEED = 10_000, 20_000
+
 # Returns to ask for, in reward units (Decision Transformer, arXiv 2106.01345, appendix A).
 PAPER_TARGETS = {
     "hopper": (3600.0, 1800.0),
@@ -131,6 +135,16 @@ class TrainConfig:
                 problems.append(f"{name} must be {wanted}, not {getattr(self, name)!r}")
         if problems:
             raise ConfigError("; ".join(_with_flag_name(problem) for problem in problems))
+
+    @property
+    def selection_seed(self) -> int:
+        """Of the start states while training, from which the best checkpoint is chosen."""
+        return SELECTION_SEED + self.seed
+
+    @property
+    def final_seed(self) -> int:
+        """Of the start states at the end."""
+        return FINAL_SEED + self.seed
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; :meth:`from_json` reads them back."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minrl.agents.adapters.libraries import interface_of
 from minrl.agents.backbones.cells import CELLS
 
-with interface_of("ray", install='pip install "minrl[rllib]"', known="2.60"):
+with interface_of("ray", install='pip install "ray[rllib]"', known="2.60"):
     from ray.rllib.core.columns import Columns
     from ray.rllib.core.rl_module.apis import ValueFunctionAPI
     from ray.rllib.core.rl_module.torch import TorchRLModule

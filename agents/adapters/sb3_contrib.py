@@ -34,7 +34,7 @@ def _check_interface(policy: type) -> None:
             raise TypeError(f"{method} takes no {', '.join(sorted(missing))}")
 
 
-with interface_of("sb3-contrib", install='pip install "minrl[sb3-contrib]"', known="2.9"):
+with interface_of("sb3-contrib", install="pip install sb3-contrib", known="2.9"):
     from sb3_contrib import RecurrentPPO
     from sb3_contrib.common.recurrent.policies import (
         RecurrentActorCriticCnnPolicy,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minrl.agents.adapters.libraries import interface_of
 from minrl.agents.backbones.cells import CELLS
 
-with interface_of("tianshou", install='pip install "minrl[tianshou]"', known="2.0"):
+with interface_of("tianshou", install="pip install tianshou", known="2.0"):
     from tianshou.data import Batch
     from tianshou.utils.net.common import (
         ActionReprNetWithVectorOutput,

@@ -26,7 +26,7 @@ from minrl.agents.adapters.libraries import interface_of
 from minrl.agents.backbones.blocks import Backbone
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
 
-with interface_of("torchrl", install='pip install "minrl[torchrl]"', known="0.14"):
+with interface_of("torchrl", install="pip install torchrl", known="0.14"):
     from tensordict import TensorDictBase, unravel_key_list
     from tensordict.nn import TensorDictModuleBase, dispatch
     from torchrl.data import Unbounded

@@ -35,9 +35,8 @@ from minrl.scripts.examples.d3rlpy_agents import (
     TransformerPolicy,
     make_replay_buffer,
 )
-from minrl.scripts.recorder import FINAL_SEED
 from minrl.scripts.train import complete
-from minrl.scripts.train_config import DEFAULT_DATASET, TrainConfig, quick
+from minrl.scripts.train_config import DEFAULT_DATASET, FINAL_SEED, TrainConfig, quick
 
 with interface_of("d3rlpy", install=INSTALL, known="2.8.1"):
     import d3rlpy

@@ -281,12 +281,13 @@ class Collector:
             taken = taken.clip(space.low, space.high)
         observation, rewards, terminated, truncated, infos = self.environments.step(taken)
         rewards = torch.as_tensor(rewards, dtype=torch.float32)
-        if truncated.any():
+        cut_off = truncated & ~terminated
+        if cut_off.any():
             last = observation.copy()
-            last[truncated] = np.stack(infos["final_obs"][truncated])
+            last[cut_off] = np.stack(infos["final_obs"][cut_off])
             last = torch.as_tensor(last, dtype=torch.float32)
             _, values, _ = self.agent(last[None], self.state, torch.zeros(1, len(last)).bool())
-            rewards += self.config.gamma * values[0] * torch.as_tensor(truncated)
+            rewards += self.config.gamma * values[0] * torch.as_tensor(cut_off)
         if "final_info" in infos:
             self.returns.extend(infos["final_info"]["episode"]["r"][terminated | truncated])
         self.observation = torch.as_tensor(observation, dtype=torch.float32)

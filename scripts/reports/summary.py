@@ -10,10 +10,10 @@ import numpy as np
 
 from minrl.data.dataset_ids import EMBEDDED_IDS
 from minrl.envs.evaluation import student_t_quantile
-from minrl.scripts.recorder import FINAL_SEED, SELECTION_SEED
 from minrl.scripts.reports.collect import Run, headline
 from minrl.scripts.reports.comparison import ablations, comparisons
 from minrl.scripts.reports.methods import NOT_THE_METHOD, Method
+from minrl.scripts.train_config import FINAL_SEED, SELECTION_SEED
 
 CHECKPOINTS = ("last", "best")
 FORMAT = 1

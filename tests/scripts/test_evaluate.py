@@ -7,6 +7,7 @@ from small_runs import make_config
 from minrl.agents.checkpoint import CheckpointFolder
 from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.evaluate import check_environment, evaluate_run
+from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 
 
@@ -64,3 +65,11 @@ def test_best_and_last_are_both_reported_and_named(finished, capsys):
     folder = CheckpointFolder(finished / "checkpoints")
     assert steps == {"last": str(folder.last()), "best": str(folder.best())}
     assert "D4RL reference scores" in output
+
+
+def test_by_default_the_final_episodes_are_played_again(hopper_id, tmp_path):
+    path = train(make_config(hopper_id, tmp_path / "run", seed=3))
+    final = RunFolder(path).read_evaluations()
+    evaluate_run(path, episodes=2)
+    assert {row["seed"] for row in final} == {20_003}
+    assert RunFolder(path).read_evaluations() == final

@@ -1,8 +1,11 @@
 import csv
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box, Discrete
 
 from minrl.scripts.examples import ppo_recurrent
 from minrl.scripts.examples.ppo_recurrent import (
@@ -109,19 +112,37 @@ def test_all_environments_are_normalised_by_the_statistics_of_all():
     np.testing.assert_allclose(rewards[-1], rewards[-1].mean(), rtol=0.02)
 
 
-def test_an_episode_that_is_cut_off_goes_on_in_the_value():
+class EndsAtTheLimit(gymnasium.Env):
+    """Terminates at the fourth step, where its time is up too."""
+
+    observation_space, action_space = Box(-1.0, 1.0, (2,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.steps == 4, False, {}
+
+
+@pytest.mark.parametrize(("environment", "goes_on"), [("CartPole-v1", 1.0), ("Ends-v0", 0.0)])
+def test_an_episode_that_is_cut_off_goes_on_in_the_value_and_one_that_is_over_does_not(
+    environment, goes_on, monkeypatch
+):
+    monkeypatch.setitem(gymnasium.registry, "Ends-v0", EnvSpec("Ends-v0", EndsAtTheLimit))
     agent, collector, config = pieces(
-        "gru", environment="CartPole-v1", environment_options={"max_episode_steps": 4}
+        "gru", environment=environment, environment_options={"max_episode_steps": 4}
     )
     with torch.no_grad():
         agent.value[-1].weight.zero_()
         agent.value[-1].bias.fill_(10.0)
     rollout = collector.collect()
-    cut = rollout.dones.roll(-1, 0)[:-1]
-    assert cut.any()
-    torch.testing.assert_close(
-        rollout.rewards[:-1], 1.0 + cut.float() * config.gamma * 10.0, rtol=0, atol=1e-4
-    )
+    over = rollout.dones.roll(-1, 0)[:-1]
+    assert over.any()
+    expected = 1.0 + over.float() * goes_on * config.gamma * 10.0
+    torch.testing.assert_close(rollout.rewards[:-1], expected, rtol=0, atol=1e-4)
 
 
 def test_advantages_equal_the_sum_of_discounted_errors_within_an_episode():

@@ -150,6 +150,55 @@ def assert_round_changes(network, algorithm, params):
     assert all((network.state_dict()[name] != before[name]).any() for name in before)
 
 
+def make_scaled_environment():
+    """CartPole without velocities, its angle in tenths of a radian, so that a network sees it."""
+    environment = HideVelocities(gym.make("CartPole-v1"))
+    bounds, scale = environment.observation_space, np.array([1.0, 10.0], np.float32)
+    space = gym.spaces.Box(bounds.low * scale, bounds.high * scale, dtype=np.float32)
+    return gym.wrappers.TransformObservation(environment, lambda values: values * scale, space)
+
+
+@pytest.mark.slow
+@CORES
+def test_ppo_balances_cartpole_without_velocities(core):
+    """Without memory an episode lasts some 60 of 500 steps."""
+    np.random.seed(0)  # Tianshou draws its batches from the global state
+    network = make_network(core, action_shape=64, layer_num=1, hidden_layer_size=64)
+    actor = DiscreteActor(preprocess_net=network, action_shape=ACTIONS, softmax_output=False)
+    policy = DiscreteActorPolicy(actor=actor, action_space=TWO_ACTIONS, deterministic_eval=True)
+    algorithm = PPO(
+        policy=policy,
+        critic=DiscreteCritic(preprocess_net=network),
+        optim=AdamOptimizerFactory(lr=1e-3),
+        gamma=0.99,
+        gae_lambda=0.9,
+        ent_coef=0.0,
+        max_grad_norm=0.5,
+        return_scaling=True,
+        advantage_normalization=True,
+    )
+    training, testing = (DummyVectorEnv([make_scaled_environment] * number) for number in (16, 10))
+    training.seed(0)
+    testing.seed(1000)
+    buffer = VectorReplayBuffer(2048, 16, stack_num=16, ignore_obs_next=True)
+    result = algorithm.run_training(
+        OnPolicyTrainerParams(
+            training_collector=Collector[CollectStats](algorithm, training, buffer),
+            test_collector=Collector[CollectStats](algorithm, testing),
+            max_epochs=12,
+            epoch_num_steps=10_240,
+            collection_step_num_env_steps=1024,
+            update_step_num_repetitions=8,
+            batch_size=256,
+            test_step_num_episodes=10,
+            stop_fn=lambda mean_return: mean_return >= 400,
+            show_progress=False,
+            verbose=False,
+        )
+    )
+    assert result.best_reward >= 400
+
+
 def test_unknown_core_is_refused():
     with pytest.raises(ValueError, match="core must be one of"):
         make_network("gru")
