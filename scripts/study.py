@@ -41,10 +41,10 @@ def study(config: StudyConfig) -> int:
             if workers.is_busy:
                 workers.stop(at_once=True)
                 wait_for(workers)
+    progress.close()
     if asked:
         progress.say("stopped; the same command goes on")
         return INTERRUPTED
-    progress.close()
     return FAILED if progress.failed else 0
 
 

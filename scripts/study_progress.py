@@ -86,10 +86,13 @@ class Progress:
         print(line, file=self.stream, flush=True)
 
     def _totals(self, running: int) -> str:
-        left = sum(run.steps for run in self.runs) - sum(self._steps.values())
+        going = [run for run in self.runs if self.name(run) not in self.failed]
+        left = sum(run.steps - self._steps[self.name(run)] for run in going)
         made = sum(self._steps.values()) - self._steps_before
-        seconds = (time.monotonic() - self._started) * left / made if made > 0 else None
-        time_left = "?" if seconds is None else timedelta(seconds=round(seconds))
+        time_left: timedelta | str = "?"
+        if made > 0 or not left:
+            seconds = (time.monotonic() - self._started) * left / max(made, 1)
+            time_left = timedelta(seconds=round(seconds))
         counts = f"{len(self.done)} of {len(self.runs)} done, {running} running"
         return f"{counts}, {len(self.failed)} failed, time left {time_left}"
 

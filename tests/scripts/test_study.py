@@ -254,7 +254,7 @@ def test_progress_shows_steps_scores_and_totals(finished):
         f"2 runs in {folder}, 1 of them finished already",
         f"started  {name}  step 0 of 8  [1 of 2 done, 1 running, 0 failed, time left ?]",
         f"failed   {name}: out of memory",
-        "1 of 2 done, 0 running, 1 failed, time left ?",
+        "1 of 2 done, 0 running, 1 failed, time left 0:00:00",
         f"FAILED   {name}: out of memory",
     ]
     terminal = Terminal()
