@@ -6,14 +6,14 @@ Layout and quirks: Farama-Foundation/D4RL, `d4rl/offline_env.py` and `scripts/ge
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from minrl.data.columns import Columns, fit
 from minrl.data.dataset_ids import check_id, dataset_folder
-from minrl.data.episodes import Episode
 from minrl.data.hdf5_guard import GuardedFile
 from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
 from minrl.errors import DatasetError
@@ -79,7 +79,7 @@ def import_d4rl(
                 "or give another --id"
             )
         card = _describe(path, dataset_id, task, columns, (reference_scores or {}).get(task_name))
-        write_dataset(card, list(_split(columns)))
+        write_dataset(card, list(columns.split(_MAX_EPISODE_STEPS)))
     return dataset_id
 
 
@@ -98,18 +98,7 @@ def _name(path: Path, dataset_id: str | None) -> tuple[str, str]:
     return tasks[0], f"d4rl/{tasks[0]}/{level}"
 
 
-class _Columns(NamedTuple):
-    """The flat arrays of a file, N rows each."""
-
-    observations: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    terminals: np.ndarray
-    timeouts: np.ndarray
-    next_observations: np.ndarray | None
-
-
-def _read(path: Path, task: _Task) -> _Columns:
+def _read(path: Path, task: _Task) -> Columns:
     """Read the columns; anything else in the file (infos, metadata) is left alone."""
     try:
         with GuardedFile(path) as file:
@@ -120,18 +109,18 @@ def _read(path: Path, task: _Task) -> _Columns:
             wide = (rows, task.observation_size)
             following = file.read("next_observations")
             timeouts = file.read("timeouts")
-            return _Columns(
+            return Columns(
                 observations=_column(file, "observations", path, wide),
                 actions=_column(file, "actions", path, (rows, task.action_size)),
-                rewards=_fit(rewards, "rewards", path, (rows,)),
+                rewards=fit(rewards, "rewards", path, (rows,)),
                 terminals=_column(file, "terminals", path, (rows,)).astype(bool),
                 timeouts=(
                     np.zeros(rows, bool)
                     if timeouts is None
-                    else _fit(timeouts, "timeouts", path, (rows,)).astype(bool)
+                    else fit(timeouts, "timeouts", path, (rows,)).astype(bool)
                 ),
                 next_observations=(
-                    None if following is None else _fit(following, "next_observations", path, wide)
+                    None if following is None else fit(following, "next_observations", path, wide)
                 ),
             )
     except DatasetError:
@@ -147,55 +136,14 @@ def _column(
     values = file.read(name)
     if values is None:
         raise DatasetError(f"{path} is not in D4RL's layout: it has no array {name!r}")
-    return _fit(values, name, path, shape)
-
-
-def _fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
-    """Return a column of numbers in its shape; (N, 1) counts as (N,)."""
-    if values.dtype.kind not in "fiub":
-        raise DatasetError(f"{path}: {name} are {values.dtype}, not real numbers")
-    if shape is not None and len(shape) == 1 and values.shape == (*shape, 1):
-        values = values[:, 0]
-    if shape is not None and values.shape != shape:
-        raise DatasetError(f"{path}: {name} have shape {values.shape}, expected {shape}")
-    return values
-
-
-def _split(columns: _Columns) -> Iterator[Episode]:
-    """Cut the rows into episodes."""
-    rows = len(columns.rewards)
-    ends = np.flatnonzero(columns.terminals | columns.timeouts) + 1
-    start = 0
-    for end in [*ends.tolist(), rows]:
-        for stop in [*range(start + _MAX_EPISODE_STEPS, end, _MAX_EPISODE_STEPS), end]:
-            if stop > start:
-                yield _cut(columns, start, stop)
-            start = stop
-
-
-def _cut(columns: _Columns, start: int, stop: int) -> Episode:
-    """Return rows start to stop as an episode with T+1 observations.
-
-    Where the file has no next observations, the last one is repeated: dropping the last step
-    instead would lose its reward from every return-to-go.
-    """
-    following = columns.next_observations
-    last = columns.observations if following is None else following
-    terminated = bool(columns.terminals[stop - 1])
-    return Episode(
-        observations=np.concatenate([columns.observations[start:stop], last[stop - 1 : stop]]),
-        actions=columns.actions[start:stop],
-        rewards=columns.rewards[start:stop],
-        terminated=terminated,
-        truncated=not terminated,
-    )
+    return fit(values, name, path, shape)
 
 
 def _describe(
     path: Path,
     dataset_id: str,
     task: _Task,
-    columns: _Columns,
+    columns: Columns,
     reference_scores: tuple[float, float] | None,
 ) -> DatasetCard:
     """Say what the dataset is."""

@@ -18,7 +18,7 @@ COMMANDS = {
     "study": "train every method on every task and seed, here or on a Ray cluster",
     "report": "report on runs: tables, intervals, figures, as HTML, Markdown and JSON",
     "export": "write a trained agent as an ONNX or .pt2 file that runs without minrl",
-    "datasets": "make, list, inspect, and import-d4rl datasets",
+    "datasets": "make, list and inspect datasets, import your own or D4RL's",
     "doctor": "print versions and devices, check this machine by a small run",
     "benchmark": "measure the scan, layers, acting, training or data against others",
 }

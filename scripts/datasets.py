@@ -1,4 +1,4 @@
-"""`minrl datasets`: make the embedded datasets, list, inspect, and import from D4RL."""
+"""`minrl datasets`: make the embedded datasets, list, inspect, and import your own and D4RL's."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,14 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from minrl.data.array_source import import_arrays
 from minrl.data.behaviours import EMBEDDED_IDS, make_embedded_dataset
 from minrl.data.d4rl_source import import_d4rl
 from minrl.data.dataset_ids import dataset_folder
 from minrl.data.episodes import DatasetInfo, Episodes
 from minrl.data.minari_source import list_datasets, load_dataset
+from minrl.data.minari_writer import DatasetCard
+from minrl.envs.make import check_spaces, make_env
 from minrl.envs.scores import REFERENCE_SCORES, reference_scores
 from minrl.errors import ConfigError, EnvError
 
@@ -87,6 +90,41 @@ def import_d4rl_command(
     print("\n".join(describe(load_dataset(dataset_id))))
 
 
+def import_arrays_command(
+    file: tyro.conf.Positional[Path],
+    id: str,
+    environment: str,
+    reference_scores: tuple[float, float] | None = None,
+    algorithm: str = "unknown",
+) -> None:
+    """Turn an .npz file of your own into a Minari dataset.
+
+    The file holds flat arrays as D4RL's, one episode after the other: observations, actions,
+    rewards, terminals, timeouts, and next_observations if you have them.
+
+    Args:
+        file: Written by numpy.savez.
+        id: Id to give it, such as me/pendulum/mine-v0.
+        environment: Gymnasium id of the environment it is from.
+        reference_scores: Returns that score 0 and 100 percent.
+        algorithm: What chose the actions.
+    """
+    made = make_env(environment)
+    check_spaces(made)
+    card = DatasetCard(
+        dataset_id=id,
+        environment_id=environment,
+        observation_space=made.observation_space,
+        action_space=made.action_space,
+        algorithm_name=algorithm,
+        description=f"Imported from {file.name}.",
+        reference_scores=reference_scores,
+    )
+    made.close()
+    import_arrays(file, card)
+    print("\n".join(describe(load_dataset(id))))
+
+
 def describe(episodes: Episodes) -> list[str]:
     """Return the lines of a table: counts, and quantiles of lengths, returns and scores."""
     info = episodes.info
@@ -159,6 +197,7 @@ COMMANDS = {
     "make": make_command,
     "list": list_command,
     "inspect": inspect_command,
+    "import": import_arrays_command,
     "import-d4rl": import_d4rl_command,
 }
 """Name of each subcommand and what runs it."""

@@ -1,0 +1,68 @@
+"""Flat arrays of anybody's own, in an .npz file, turned into a Minari dataset."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from minrl.data.columns import Columns, fit
+from minrl.data.dataset_ids import check_id, dataset_folder
+from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
+from minrl.errors import DatasetError
+
+
+def import_arrays(path: str | Path, card: DatasetCard) -> None:
+    """Turn an .npz file of flat arrays into an ordinary Minari dataset.
+
+    The arrays are those of D4RL, N steps each, one episode after the other: observations (N, O),
+    actions (N, A), rewards (N,), terminals (N,) and timeouts (N,), which say at which step an
+    episode ended, and next_observations (N, O) if they are known. Steps after the last end become
+    a last episode, marked truncated.
+
+    Args:
+        path: the file, as ``numpy.savez`` writes it.
+        card: id, environment and spaces of the dataset.
+
+    Raises:
+        DatasetError: an array is missing or of another shape than the spaces say, the file cannot
+            be read, or the id is taken.
+    """
+    path, dataset_id = Path(path), check_id(card.dataset_id)
+    columns = _read(path, card)
+    with dataset_lock(dataset_id):
+        if dataset_folder(dataset_id).exists():
+            raise DatasetError(
+                f"dataset {dataset_id} exists already in {dataset_folder(dataset_id)}; remove it, "
+                "or give another --id"
+            )
+        write_dataset(card, list(columns.split()))
+
+
+def _read(path: Path, card: DatasetCard) -> Columns:
+    if not zipfile.is_zipfile(path):  # numpy would read one array, or look for a pickle
+        raise DatasetError(f"{path} is not an .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            given = {name: file[name] for name in Columns._fields if name in file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{path} cannot be read as an .npz file: {error}") from error
+    for name in Columns._fields:
+        if name not in (*given, "next_observations"):
+            there = ", ".join(given) or "none of them"
+            raise DatasetError(f"{path} has no array {name!r}; it has {there}")
+    rows = len(given["rewards"]) if given["rewards"].ndim else 0
+    if rows == 0:
+        raise DatasetError(f"{path}: no rows")
+    shapes = {
+        "observations": (rows, *card.observation_space.shape),
+        "next_observations": (rows, *card.observation_space.shape),
+        "actions": (rows, *card.action_space.shape),
+    }
+    fitted = {
+        name: fit(values, name, path, shapes.get(name, (rows,))) for name, values in given.items()
+    }
+    for name in ("terminals", "timeouts"):
+        fitted[name] = fitted[name].astype(bool)
+    return Columns(**{"next_observations": None, **fitted})

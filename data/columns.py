@@ -1,0 +1,74 @@
+"""Flat arrays of steps, one episode after the other, as D4RL and most replay buffers have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minrl.data.episodes import Episode
+from minrl.errors import DatasetError
+
+
+class Columns(NamedTuple):
+    """The steps of all episodes, N rows each. An episode ends at a terminal or a timeout."""
+
+    observations: np.ndarray  # (N, O)
+    actions: np.ndarray  # (N, A)
+    rewards: np.ndarray  # (N,)
+    terminals: np.ndarray  # (N,), bool
+    timeouts: np.ndarray  # (N,), bool
+    next_observations: np.ndarray | None  # (N, O)
+
+    def split(self, max_episode_steps: int | None = None) -> Iterator[Episode]:
+        """Cut the rows into episodes.
+
+        A terminal that is a timeout too counts as terminated. Rows after the last end become a last
+        episode, marked truncated.
+
+        Args:
+            max_episode_steps: where an episode ends anyway; None for no such limit.
+        """
+        rows = len(self.rewards)
+        ends = np.flatnonzero(self.terminals | self.timeouts) + 1
+        limit = max_episode_steps or rows
+        start = 0
+        for end in [*ends.tolist(), rows]:
+            for stop in [*range(start + limit, end, limit), end]:
+                if stop > start:
+                    yield self._cut(start, stop)
+                start = stop
+
+    def _cut(self, start: int, stop: int) -> Episode:
+        """Return rows start to stop as an episode with T+1 observations.
+
+        Where there are no next observations, the last one is repeated: dropping the last step
+        instead would lose its reward from every return-to-go.
+        """
+        following = self.next_observations
+        last = self.observations if following is None else following
+        terminated = bool(self.terminals[stop - 1])
+        return Episode(
+            observations=np.concatenate([self.observations[start:stop], last[stop - 1 : stop]]),
+            actions=self.actions[start:stop],
+            rewards=self.rewards[start:stop],
+            terminated=terminated,
+            truncated=not terminated,
+        )
+
+
+def fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Return a column of numbers in its shape; (N, 1) counts as (N,).
+
+    Raises:
+        DatasetError: it is of another shape, or no numbers.
+    """
+    if values.dtype.kind not in "fiub":
+        raise DatasetError(f"{path}: {name} are {values.dtype}, not real numbers")
+    if shape is not None and len(shape) == 1 and values.shape == (*shape, 1):
+        values = values[:, 0]
+    if shape is not None and values.shape != shape:
+        raise DatasetError(f"{path}: {name} have shape {values.shape}, expected {shape}")
+    return values

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from minrl.cli import main
+from minrl.data.minari_source import load_dataset
+from minrl.errors import DatasetError
+from minrl.scripts.datasets import import_arrays_command
+
+PENDULUM = {"environment": "Pendulum-v1"}
+
+
+def make_arrays(rows=25, **changes):
+    """Episodes of 10, 8 (terminated) and 7 steps, the last without an end."""
+    generator = np.random.default_rng(0)
+    terminals, timeouts = np.zeros(rows, bool), np.zeros(rows, bool)
+    timeouts[9], terminals[17] = True, True
+    arrays = {
+        "observations": generator.uniform(-1, 1, (rows, 3)).astype(np.float32),
+        "actions": generator.uniform(-2, 2, (rows, 1)).astype(np.float32),
+        "rewards": generator.normal(size=rows),
+        "terminals": terminals,
+        "timeouts": timeouts,
+    } | changes
+    return {name: values for name, values in arrays.items() if values is not None}
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(**changes):
+        path = tmp_path / "arrays.npz"
+        np.savez(path, **make_arrays(**changes))
+        return path
+
+    return save
+
+
+def test_every_step_arrives_in_its_episode(save):
+    arrays = make_arrays()
+    import_arrays_command(save(), id="test/arrays/plain-v0", **PENDULUM)
+    episodes = load_dataset("test/arrays/plain-v0")
+    assert episodes.lengths.tolist() == [10, 8, 7]
+    assert episodes.terminated.tolist() == [False, True, False]
+    assert episodes.truncated.tolist() == [True, False, True]
+    np.testing.assert_array_equal(episodes.observations, arrays["observations"])
+    np.testing.assert_array_equal(episodes.actions, arrays["actions"])
+    np.testing.assert_array_equal(episodes.rewards, arrays["rewards"].astype(np.float32))
+    assert episodes.info.environment_id == "Pendulum-v1"
+    assert episodes.info.reference_min is None
+
+
+def test_next_observations_and_reference_scores_are_kept(save):
+    following = np.random.default_rng(1).uniform(-1, 1, (25, 3)).astype(np.float32)
+    path = save(next_observations=following)
+    scores = (-1200.0, -150.0)
+    import_arrays_command(path, id="test/arrays/next-v0", reference_scores=scores, **PENDULUM)
+    episodes = load_dataset("test/arrays/next-v0")
+    np.testing.assert_array_equal(episodes.final_observations, following[[9, 17, 24]])
+    assert (episodes.info.reference_min, episodes.info.reference_max) == scores
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": None}, "has no array 'rewards'; it has observations, actions, terminals"),
+        (
+            {"observations": np.zeros((25, 4))},
+            r"have shape \(25, 4\), expected \(25, 3\)",
+        ),
+        ({"actions": np.zeros(24)}, r"actions have shape \(24,\), expected \(25, 1\)"),
+        ({"rewards": np.array(["a"] * 25)}, "rewards are <U1, not real numbers"),
+        ({"rewards": np.float64(3)}, "no rows"),
+        ({"rewards": np.array([print] * 25)}, "cannot be read as an .npz file: Object arrays"),
+    ],
+)
+def test_what_is_wrong_is_named(save, changes, message):
+    with pytest.raises(DatasetError, match=message):
+        import_arrays_command(save(**changes), id="test/arrays/wrong-v0", **PENDULUM)
+
+
+def test_what_is_no_npz_file_is_refused(tmp_path, save):
+    text, single = tmp_path / "text.npz", tmp_path / "single.npy"
+    text.write_text("not a zip")
+    np.save(single, np.zeros(3))
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(save().read_bytes()[:-100])
+    for path in (text, single, cut, tmp_path / "missing.npz"):
+        with pytest.raises(DatasetError, match=path.name):
+            import_arrays_command(path, id="test/arrays/wrong-v0", **PENDULUM)
+
+
+def test_an_id_that_is_taken_is_left_alone_and_the_command_says_so(save, capsys):
+    arguments = ["datasets", "import", str(save()), "--environment", "Pendulum-v1", "--id"]
+    assert main([*arguments, "test/arrays/taken-v0"]) == 0
+    assert "3 (1 terminated, 2 truncated" in capsys.readouterr().out
+    assert main([*arguments, "test/arrays/taken-v0"]) == 2
+    assert "exists already" in capsys.readouterr().err
