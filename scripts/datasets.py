@@ -131,7 +131,7 @@ def describe(episodes: Episodes) -> list[str]:
     terminated, truncated = episodes.terminated, episodes.truncated & ~episodes.terminated
     unfinished = ~(terminated | truncated)
     rows = {"length": episodes.lengths, "return": episodes.returns}
-    if (references := _find_references(info)) is not None:
+    if references := _find_references(info):
         low, high = references
         rows["score, %"] = 100 * (episodes.returns - low) / (high - low)
     header = "".join(f"{name:>11}" for name in ("mean", "std", *_QUANTILES))
@@ -142,7 +142,7 @@ def describe(episodes: Episodes) -> list[str]:
         f"steps        {episodes.num_steps:,}",
         f"episodes     {episodes.num_episodes:,} ({terminated.sum():,} terminated, "
         f"{truncated.sum():,} truncated, {unfinished.sum():,} unfinished)",
-        f"scores       {info.score_note}",
+        f"scores       {info.score_note if references else 'no reference scores are known'}",
         f"sha256       {info.sha256}",
         "",
         f"{'per episode':<11}{header}",

@@ -146,9 +146,10 @@ def evaluate_run(
             line = {"checkpoint": name, "step": step, "refresh_every": agent.refresh_every}
             folder.append_evaluation(line | evaluation.to_dict())
     agent, environment_id = agents[names[0]]
-    print(f"{episodes} episodes each in {environment_id}, seed {seed}; score in percent:")
-    known = evaluations[0].normalized is not None
-    print(agent.info["dataset"]["score_note"] if known else "no reference scores are known")
+    scale = "no reference scores are known"
+    if evaluations[0].normalized is not None:
+        scale = f"score in percent: {agent.info['dataset']['score_note']}"
+    print(f"{episodes} episodes each in {environment_id}, seed {seed}; {scale}")
     return evaluations
 
 

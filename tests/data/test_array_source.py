@@ -91,6 +91,8 @@ def test_what_is_no_npz_file_is_refused(tmp_path, save):
 def test_an_id_that_is_taken_is_left_alone_and_the_command_says_so(save, capsys):
     arguments = ["datasets", "import", str(save()), "--environment", "Pendulum-v1", "--id"]
     assert main([*arguments, "test/arrays/taken-v0"]) == 0
-    assert "3 (1 terminated, 2 truncated" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "3 (1 terminated, 2 truncated" in output
+    assert "no reference scores are known" in output
     assert main([*arguments, "test/arrays/taken-v0"]) == 2
     assert "exists already" in capsys.readouterr().err
