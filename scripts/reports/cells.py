@@ -1,12 +1,15 @@
-"""What tables are made of, and how figures are written in them; their looks are up to the pages."""
+"""What a report is made of, and how figures are written in it; their looks are up to the pages."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minrl.scripts.benchmarks.report import duration as plain_duration
+
 MISSING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
-OUTSIDE = " \N{DAGGER}"  # behind the name of other people's agents
+OUTSIDE = "\N{NO-BREAK SPACE}\N{DAGGER}"  # behind the name of other people's agents
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Cell:
         text: The figure, or a name.
         below: In small.
         bold: Whether it is as good as the best, as far as can be told.
-        top: Whether it is the best.
+        top: Whether it is the best, and clearly so.
     """
 
     text: str
@@ -45,6 +48,34 @@ class Table:
     last_rows: int = 0
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure by its name, with a title above it or none, and what it shows."""
+
+    name: str
+    caption: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sentences, and short values, by what they are about."""
+
+    rows: list[tuple[str, str]]
+    values: list[tuple[str, str]]
+
+
+@dataclass
+class Section:
+    """A part of the report: paragraphs, then tables, pictures and facts."""
+
+    anchor: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    parts: list[Table | Picture | Facts] = field(default_factory=list)
+    others_work: bool = False
+
+
 def heads_of(*names: str) -> list[Cell]:
     """Return the heads of columns."""
     return [Cell(name) for name in names]
@@ -61,12 +92,18 @@ def main_methods(study: dict[str, Any]) -> list[str]:
     return [method["name"] for method in study["methods"] if not method["changes"]]
 
 
+def has_single_seed(study: dict[str, Any]) -> bool:
+    """Return whether no method has more than one run of any task."""
+    return all(len(cell["last"]["seeds"]) <= 1 for cell in study["cells"])
+
+
 def mark_best(
     scores: Mapping[str, tuple[float, Sequence[float] | None]],
 ) -> dict[str, dict[str, bool]]:
     """Return the marks of the highest score and of those inside its interval.
 
-    Nothing is marked if the highest has no interval: it may be so by chance.
+    Nothing is marked if the highest has no interval, since it may be so by chance, or if nothing is
+    outside; it is the top if nothing else is inside.
 
     Args:
         scores: By method, score and interval.
@@ -77,11 +114,10 @@ def mark_best(
     interval = scores[best][1]
     if interval is None:
         return {}
-    return {
-        name: {"bold": True, "top": name == best}
-        for name, (score, _) in scores.items()
-        if score >= interval[0]
-    }
+    inside = [name for name, (score, _) in scores.items() if score >= interval[0]]
+    if len(inside) == len(scores):
+        return {}
+    return {name: {"bold": True, "top": len(inside) == 1} for name in inside}
 
 
 def with_interval(
@@ -91,8 +127,7 @@ def with_interval(
     if not values:
         return Cell(MISSING)
     interval = values[f"{key}_interval"]
-    below = span(*interval) if interval else "no interval"
-    return Cell(f"{values[key]:.1f}", below, **(marks or {}))
+    return Cell(f"{values[key]:.1f}", span(*interval) if interval else "", **(marks or {}))
 
 
 def span(low: float, high: float, form: str = ".1f") -> str:
@@ -116,6 +151,16 @@ def counted(items: Sequence, what: str) -> str:
     return f"{len(items)} {what}{'s' if len(items) != 1 else ''}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time with three digits and its unit."""
+    return plain_duration(seconds).replace("us", "\N{MICRO SIGN}s")
+
+
+def machine(name: str) -> str:
+    """Return what ``device_name`` calls a machine with its cores in words."""
+    return re.sub(r" (\d+) CPU$", r", \1 cores", name)
+
+
 def clock(seconds: float) -> str:
     """Return a time in hours, minutes or seconds."""
     for unit, name in ((3600, "h"), (60, "min")):
@@ -136,3 +181,14 @@ def range_of(values: Sequence[float | None], show: Callable[[float], str]) -> st
         return MISSING
     low, high = show(min(known)), show(max(known))
     return low if low == high else f"{low} to {high}"
+
+
+def columns_of_words(table: Table) -> set[int]:
+    """Return the columns, but the first, that hold no figures and are set flush left."""
+
+    def is_words(texts: Sequence[str]) -> bool:
+        return any(texts) and not any(t[0].isdigit() or t[0] in f"+-{TIMES}" for t in texts)
+
+    columns = range(1, len(table.heads))
+    texts = {i: [row[i].text for row in table.rows if row[i].text != MISSING] for i in columns}
+    return {i for i in columns if is_words(texts[i])}

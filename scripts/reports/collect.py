@@ -12,7 +12,7 @@ import numpy as np
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train_config import TrainConfig, flatten
+from minrl.scripts.train_config import FINAL_SEED, TrainConfig, flatten
 
 RUN_FILE, PEER_FILE = "config.json", "peer.json"
 
@@ -32,8 +32,8 @@ class Run:
         refresh_every: How it acts, see ``DecisionAgent``; None for outside agents.
         evaluations: Of these targets: checkpoint, step, refresh_every, target, episodes, seed,
             return_mean, return_std, and score, in percent of reference returns if there are any.
-        curve: "steps", "seconds" of training, and by target the evaluations while training.
-        seconds: Of training, without evaluations; None if not known.
+        curve: By target the evaluations while training: "steps", "return" and "score".
+        step_seconds: Of a training step; None if not known.
         parameters: Of the model; None if not known.
         score_note: What its scores may be compared with.
         versions: Of libraries, by name.
@@ -54,7 +54,7 @@ class Run:
     refresh_every: int | None
     evaluations: list[dict[str, Any]]
     curve: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
+    step_seconds: float | None = None
     parameters: int | None = None
     score_note: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -116,12 +116,11 @@ def _read_ours(path: Path, name: str) -> Run:
     rows = folder.read_metrics()
     reached = max((row["step"] for row in rows), default=0)
     lines = folder.read_evaluations()
-    if rows and reached < config.steps:
+    if reached < config.steps and (rows or not lines):
         raise LeftOut(f"stopped at step {reached} of {config.steps}")
     evaluations = _choose(lines, config, _best_step(rows, lines, config))
     if not evaluations:
         raise LeftOut("has no final evaluation at its last step: run minrl evaluate on it")
-    curve = _learning_curve(rows, config)
     run = Run(
         path=path,
         folder=name,
@@ -132,8 +131,8 @@ def _read_ours(path: Path, name: str) -> Run:
         targets=config.targets,
         refresh_every=config.refresh_every,
         evaluations=evaluations,
-        curve=curve,
-        seconds=_training_seconds(rows, [config.steps])[0],
+        curve=_learning_curve(rows, config),
+        step_seconds=_step_seconds(rows),
         settings=flatten(config),
     )
     _read_checkpoint(folder, run)
@@ -153,10 +152,12 @@ def _read_checkpoint(folder: RunFolder, run: Run) -> None:
 def _best_step(rows: list[dict], lines: list[dict], config: TrainConfig) -> int | None:
     """Return the step with the highest return while training, the latest of equals.
 
-    Read from the metrics, since "best" in the evaluations is not repeated where it is the last.
+    Read from the metrics, since "best" in the evaluations is not repeated where it is the last. A
+    step counts, there as here, if all targets were scored.
     """
-    tag = f"eval/{config.targets[0]:g}/return_mean"
-    scored = [(row[tag], row["step"]) for row in rows if tag in row]
+    tags = [f"eval/{target:g}/return_mean" for target in config.targets]
+    by_target = [{row["step"]: row[tag] for row in rows if tag in row} for tag in tags]
+    scored = [(by_target[0][step], step) for step in set.intersection(*map(set, by_target))]
     if scored:
         return max(scored)[1]
     best = [line["step"] for line in lines if line["checkpoint"] == "best"]
@@ -164,10 +165,15 @@ def _best_step(rows: list[dict], lines: list[dict], config: TrainConfig) -> int 
 
 
 def _choose(lines: list[dict], config: TrainConfig, best_step: int | None) -> list[dict[str, Any]]:
-    """Return one evaluation for each checkpoint, target and way of acting: the largest, the latest.
+    """Return one evaluation for each checkpoint, target and way of acting.
 
-    Evaluations of other environments, targets and steps than the run's are other experiments.
+    That on the start states of the protocol, else the largest, else the latest. Evaluations of
+    other environments, targets and steps than the run's are other experiments.
     """
+
+    def rank(evaluation: dict[str, Any]) -> tuple[bool, int]:
+        return evaluation["seed"] == FINAL_SEED + config.seed, evaluation["episodes"]
+
     chosen: dict[tuple, dict[str, Any]] = {}
     for checkpoint, step in (("last", config.steps), ("best", best_step)):
         for line in lines:
@@ -175,7 +181,7 @@ def _choose(lines: list[dict], config: TrainConfig, best_step: int | None) -> li
             of_this_run = line["step"] == step and line["target_return"] in config.targets
             if of_this_run and line["environment_id"] == config.environment:
                 key = (checkpoint, line["target_return"], acting)
-                if key not in chosen or line["episodes"] >= chosen[key]["episodes"]:
+                if key not in chosen or rank(line) >= rank(chosen[key]):
                     chosen[key] = _summarise(line, checkpoint, acting)
     has_last = any(checkpoint == "last" for checkpoint, *_ in chosen)
     return list(chosen.values()) if has_last else []
@@ -195,32 +201,33 @@ def _summarise(line: dict, checkpoint: str, refresh_every: int | None) -> dict[s
     }
 
 
-def _learning_curve(rows: list[dict], config: TrainConfig) -> dict[str, Any]:
-    curve: dict[str, Any] = {"targets": {}}
+def _learning_curve(rows: list[dict], config: TrainConfig) -> dict[str, dict[str, list]]:
+    """Return the evaluations of each target, each at steps of its own: some may have failed."""
+    curve = {}
     for target in config.targets:
         tag = f"eval/{target:g}"
         evaluated = {row["step"]: row for row in rows if f"{tag}/return_mean" in row}
-        if not evaluated:
-            continue
-        curve["steps"] = sorted(evaluated)
-        ordered = [evaluated[step] for step in curve["steps"]]
-        curve["targets"][f"{target:g}"] = {
-            "return": [row[f"{tag}/return_mean"] for row in ordered],
-            "score": [row.get(f"{tag}/normalized_score_mean") for row in ordered],
-        }
-    curve["seconds"] = _training_seconds(rows, curve.get("steps", []))
+        ordered = [evaluated[step] for step in sorted(evaluated)]
+        if ordered:
+            curve[f"{target:g}"] = {
+                "steps": sorted(evaluated),
+                "return": [row[f"{tag}/return_mean"] for row in ordered],
+                "score": [row.get(f"{tag}/normalized_score_mean") for row in ordered],
+            }
     return curve
 
 
-def _training_seconds(rows: list[dict], steps: list[int]) -> list[float | None]:
-    """Return the seconds of training up to each step, from the speeds logged on the way."""
+def _step_seconds(rows: list[dict]) -> float | None:
+    """Return the median time of a step, from the speeds logged on the way.
+
+    Where the machine stood still or was lent to others, their mean would be of that.
+    """
     timed = {row["step"]: row["time/steps_per_s"] for row in rows if "time/steps_per_s" in row}
-    logged = [0, *sorted(timed)]
-    if len(logged) == 1:
-        return [None] * len(steps)
-    speeds = np.array([timed[step] for step in logged[1:]])
-    elapsed = np.concatenate([[0.0], np.cumsum(np.diff(logged) / speeds)])
-    return np.interp(steps, logged, elapsed).tolist()
+    if not timed:
+        return None
+    steps = sorted(timed)
+    each = np.repeat([1 / timed[step] for step in steps], np.diff([0, *steps]))
+    return float(np.median(each))
 
 
 def _read_peer(path: Path, name: str) -> Run:
@@ -239,7 +246,7 @@ def _read_peer(path: Path, name: str) -> Run:
         targets=tuple(dict.fromkeys(evaluation["target"] for evaluation in evaluations)),
         refresh_every=None,
         evaluations=evaluations,
-        seconds=peer.get("seconds"),
+        step_seconds=peer["seconds"] / peer["steps"] if peer.get("seconds") else None,
         parameters=peer.get("parameters"),
         library=peer["library"],
         note=peer.get("note", ""),

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from minrl.scripts.reports.methods import MEMORYLESS, OURS, Method
+from minrl.scripts.reports.methods import MEMORYLESS, OURS, Method, short
 from minrl.scripts.reports.statistics import (
     bootstrap_interval,
     interquartile_mean,
     mean_over_tasks,
     performance_profile,
     probability_of_improvement,
+    student_interval,
 )
 
 CHECKPOINTS = ("last", "best")
@@ -87,20 +88,28 @@ def _compare(
     for checkpoint in CHECKPOINTS:
         table = _scores_by(cells, checkpoint)
         by_method = {
-            name: [table[name, task] for task in common]
+            name: _as_many([table[name, task] for task in common])
             for name in names
             if all((name, task) in table for task in common)
         }
         comparison[checkpoint] = {name: _aggregate(by_method[name]) for name in by_method}
+        for name, values in comparison[checkpoint].items():
+            values["seeds_at_most"] = max(len(table[name, task]) for task in common)
         if checkpoint == "last":
             comparison["profiles"] = _profiles(by_method)
             comparison["improvement"] = _improvements(by_method)
     return comparison
 
 
+def _as_many(scores: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the first seeds of each task, as many on all, so that no task weighs more."""
+    fewest = min(map(len, scores))
+    return [task[:fewest] for task in scores]
+
+
 def _aggregate(scores: list[np.ndarray]) -> dict[str, Any]:
     return {
-        "runs": sum(len(task) for task in scores),
+        "seeds": len(scores[0]),
         "mean": mean_over_tasks(scores),
         "mean_interval": bootstrap_interval(mean_over_tasks, scores),
         "iqm": interquartile_mean(scores),
@@ -109,7 +118,7 @@ def _aggregate(scores: list[np.ndarray]) -> dict[str, Any]:
 
 
 def _profiles(by_method: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-    """Return the share of runs above each score, from just below the least to the largest."""
+    """Return the share of runs above each score, from 0 or the least to the largest."""
     every = np.concatenate([task for scores in by_method.values() for task in scores])
     thresholds = np.linspace(min(0.0, every.min()), every.max(), THRESHOLDS)
     lines = {}
@@ -145,8 +154,10 @@ def ablations(
     rows = []
     for method in methods:
         if method.changes:
-            change = ", ".join(f"{name} {value}" for name, value, _ in method.changes)
-            usual = ", ".join(f"{value}" for _, _, value in method.changes)
+            change = ", ".join(
+                f"{name.replace('_', ' ')} {short(value)}" for name, value, _ in method.changes
+            )
+            usual = ", ".join(short(value) for _, _, value in method.changes)
             base = method.family if method.family in by_name else None
             pairs = _pairs(_by_task(own, method.name), _by_task(own, base))
             costs = _cost_ratios(own, method.name, base)
@@ -211,18 +222,17 @@ def _pairs(changed: dict[int, dict], base: dict[int, dict]) -> dict[str, Any]:
         "score": mean_over_tasks(changed_scores),
         "usual_score": mean_over_tasks(base_scores),
         "difference": mean_over_tasks(differences),
-        "interval": bootstrap_interval(mean_over_tasks, differences),
+        "interval": student_interval(differences),
     }
 
 
 def _cost_ratios(cells: list[dict], method: str, base: str | None) -> dict[str, Any]:
-    """Return training time a step and parameters against the usual, on the tasks both have."""
+    """Return the time per step and the parameters against the baseline, on the tasks both have."""
     ratios: dict[str, Any] = {}
-    for name, per_step in (("seconds", True), ("parameters", False)):
-        old = {cell["task"]: cell for cell in cells if cell["method"] == base and cell[name]}
+    for name in ("step_seconds", "parameters"):
+        old = {cell["task"]: cell[name] for cell in cells if cell["method"] == base and cell[name]}
         pairs = [
-            (cell[name] / (cell["steps"] if per_step else 1))
-            / (old[cell["task"]][name] / (old[cell["task"]]["steps"] if per_step else 1))
+            cell[name] / old[cell["task"]]
             for cell in cells
             if cell["method"] == method and cell[name] and cell["task"] in old
         ]

@@ -1,16 +1,25 @@
 """What a report says and in which order, for the page and the Markdown file alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from minrl.scripts.reports.cells import Table, counted, main_methods
+from minrl.scripts.reports.cells import (
+    Facts,
+    Picture,
+    Section,
+    Table,
+    counted,
+    has_single_seed,
+    machine,
+    main_methods,
+)
 from minrl.scripts.reports.other_tables import (
     ablation_table,
     latency_table,
     left_out_table,
     published_table,
 )
+from minrl.scripts.reports.protocol import SAYS_NOTHING
 from minrl.scripts.reports.published import PUBLISHED
 from minrl.scripts.reports.score_tables import (
     CHECKPOINTS,
@@ -20,44 +29,39 @@ from minrl.scripts.reports.score_tables import (
     score_table,
 )
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure by its name, and what it shows."""
-
-    name: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Sentences, and short values, by what they are about."""
-
-    rows: list[tuple[str, str]]
-    values: list[tuple[str, str]]
-
-
-@dataclass
-class Section:
-    """A part of the report: paragraphs, then tables, pictures and facts."""
-
-    anchor: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    parts: list[Table | Picture | Facts] = field(default_factory=list)
-    others_work: bool = False
-
-
-CAPTIONS = {
-    "aggregates": "Interquartile means (strokes) with stratified bootstrap 95 % intervals (bars).",
-    "profiles": "Left: share of all runs above each score, the higher the better; bands: 95 % "
-    "intervals of ours. Right: the chance that a run of ours beats one of the rival on the same "
-    "task, with 95 % intervals.",
-    "curves-steps": "Evaluations while training at the first target, on the episodes that choose "
-    "the best checkpoint: mean and range over the seeds, against training steps.",
-    "curves-seconds": "The same against the time spent on training alone. Comparable as far as the "
-    "runs were trained on one machine in one state.",
-    "asked-got": "Mean return of the last checkpoints for each return asked for; dotted: as asked.",
+# By figure: its title, and what it shows.
+PICTURES = {
+    "aggregates": (
+        "",
+        "Interquartile means (strokes), with stratified bootstrap 95 % intervals (bars) where "
+        "there are any.",
+    ),
+    "costs": (
+        "",
+        "What the scores cost: interquartile mean of the last checkpoints against the parameters, "
+        "and against the median time of an action as trained (minGRU, minLSTM and GILR by their "
+        "compiled step). Up and left is better.",
+    ),
+    "profiles": (
+        "",
+        "Left: share of all runs above each score, the higher the better; bands: 95 % intervals of "
+        "ours. Right: the chance that a run of ours beats one of the rival on the same task, with "
+        "95 % intervals.",
+    ),
+    "curves-steps": (
+        "Over training steps",
+        "Evaluations while training at the first target, on the episodes that choose the best "
+        "checkpoint: mean over the seeds, and for our methods the range, against training steps.",
+    ),
+    "curves-seconds": (
+        "Over training time",
+        "The same against the time spent on training alone: steps times the median step. "
+        "Comparable as far as the runs were trained on one machine in one state.",
+    ),
+    "asked-got": (
+        "",
+        "Mean return of the last checkpoints for each return asked for; dotted: as asked.",
+    ),
 }
 
 
@@ -74,22 +78,28 @@ def lead_of(study: dict[str, Any]) -> str:
         (study["protocol"]["seeds"], "seed"),
         (study["runs"], "run"),
     )
-    return ", ".join(counted(items, what) for items, what in parts)
+    lead = ", ".join(counted(items, what) for items, what in parts)
+    if not study["unfinished"]:
+        return lead
+    finished = len(study["runs"]) + len(study["left_out"]) - study["unfinished"]
+    found = finished + study["unfinished"]
+    return f"{lead}. {finished} of {counted(range(found), 'run')} are finished"
 
 
 def sections_of(study: dict[str, Any], figures: Sequence[str]) -> list[Section]:
     """Return all sections that there is something to say in."""
 
     def pictures(*names: str) -> list[Picture]:
-        return [Picture(name, CAPTIONS[name]) for name in names if name in figures]
+        found = [(name, *PICTURES[name]) for name in names if name in figures]
+        return [Picture(name, caption, title) for name, title, caption in found]
 
     glance = Section("glance", "At a glance", _findings(study))
-    glance.parts = [*_some(overview(study)), *pictures("aggregates")]
+    glance.parts = [*_some(overview(study)), *pictures("aggregates", "costs")]
     scores = Section("scores", "Scores by task")
     scores.parts = [score_table(study, checkpoint) for checkpoint in CHECKPOINTS]
-    statistics = Section("statistics", "Methods against one another", [_statistics_text(study)])
-    statistics.parts = pictures("profiles")
-    statistics.parts += _some(improvement_table(study))
+    statistics = Section("statistics", "Comparing methods", [_statistics_text(study)])
+    if not has_single_seed(study):
+        statistics.parts = [*pictures("profiles"), *_some(improvement_table(study))]
     learning = Section("curves", "Learning curves")
     learning.parts = pictures("curves-steps", "curves-seconds")
     asked = Section("asked", "Return asked for, return got")
@@ -111,6 +121,11 @@ def _some(table: Table | None) -> list[Table]:
 
 def _findings(study: dict[str, Any]) -> list[str]:
     """Say in a sentence who is ahead, and who may be as good."""
+    if has_single_seed(study):
+        return [
+            "Each method was trained with one seed per task: what lies between two methods may be "
+            "chance, and there is no interval to tell."
+        ]
     if not study["comparisons"] or not study["comparisons"][0]["last"]:
         return []
     scores = study["comparisons"][0]["last"]
@@ -125,7 +140,11 @@ def _findings(study: dict[str, Any]) -> list[str]:
     )
     return [
         text
-        + (f"Inside its interval: {', '.join(equals)}." if equals else "Nobody else is inside.")
+        + (
+            f"Inside its interval: {', '.join(equals)}."
+            if equals
+            else "No other method lies inside it."
+        )
     ]
 
 
@@ -142,12 +161,11 @@ def _protocol(study: dict[str, Any]) -> Section:
         rows.append(("other episodes", f"Evaluated on other start states than that: {named}."))
     versions = "; ".join(f"{k} {', '.join(v)}" for k, v in protocol["versions"].items())
     rows.append(("versions", versions or "not recorded: no checkpoint is in the run folders"))
-    rows.append(("trained on", ", ".join(protocol["machines"]) or "not recorded"))
-    rows.append(("report made on", study["machine"]))
+    machines = "; ".join(map(machine, protocol["machines"]))
+    rows.append(("trained on", machines or "not recorded"))
+    rows.append(("report made on", machine(study["machine"])))
     values = [("seeds", ", ".join(map(str, protocol["seeds"])))]
-    for title, settings in protocol["settings"].items():
-        if set(settings) - {"None"}:
-            values.append((title, _values(settings)))
+    values += [(title, _values(of)) for title, of in protocol["settings"].items()]
     text = (
         "Printed from the configurations that the runs were made with. Scores are percent of "
         "D4RL's reference returns: 0 is a random policy, 100 an expert."
@@ -157,7 +175,14 @@ def _protocol(study: dict[str, Any]) -> Section:
             " On embedded or Minari data in v5 environments they are a common yardstick, not "
             "D4RL-v2 scores, and may not be compared with published D4RL tables."
         )
-    return Section("protocol", "Protocol", [text], [Facts(rows, values)])
+    section = Section("protocol", "Protocol", [text], [Facts(rows, values)])
+    if "quick" in protocol["settings"].get("preset", {}):
+        section.text.append(
+            "The preset's learning rate, weight decay, batch size and dropout were chosen on "
+            "minGRU on Hopper medium-expert, and all methods use the same; whether a rival wants "
+            "others is shown by the ablations of the learning rate, where there are any."
+        )
+    return section
 
 
 def _data(study: dict[str, Any]) -> str:
@@ -191,12 +216,11 @@ def _evaluation(protocol: dict[str, Any]) -> str:
 
 
 def _values(values: dict[str, list[str]]) -> str:
-    """Return what a setting was: one value, or the most common one and who differs from it."""
-    if len(values) == 1:
-        return next(iter(values))
+    """Return what a setting was: the most common value, and who has another."""
     usual = max(values, key=lambda value: len(values[value]))
-    others = [f"{value} ({'; '.join(who)})" for value, who in values.items() if value != usual]
-    return " / ".join([usual, *others])
+    named = {value: f"{', '.join(who)} {value}" for value, who in values.items()} | {usual: usual}
+    ordered = sorted(named, key=lambda value: value != usual)
+    return "; ".join(named[value] for value in ordered if value not in SAYS_NOTHING)
 
 
 def _statistics_text(study: dict[str, Any]) -> str:
@@ -204,21 +228,19 @@ def _statistics_text(study: dict[str, Any]) -> str:
         return "No task has a score of every method."
     comparison = study["comparisons"][0]
     labels = ", ".join(study["tasks"][task]["label"] for task in comparison["tasks"])
-    text = (
+    return (
         f"Over the tasks that all the methods compared have: {labels}. Statistics after Agarwal et "
         "al. (arXiv 2108.13264): intervals are percentiles of a bootstrap that draws runs within "
         "each task and does not draw tasks."
     )
-    if any(values["iqm_interval"] is None for values in comparison["last"].values()):
-        text += " A method with a single seed on some task has no interval."
-    return text
 
 
 def _published() -> Section:
     text = [
         "Copied from other people's papers and repositories, for orientation. D4RL gym -v2 data "
         "and their own rules for choosing checkpoints and targets: these numbers are not "
-        "comparable with those above, nor always with one another."
+        "comparable with those above, nor always with one another. The table of “Were RNNs All We "
+        "Needed?” (arXiv 2410.01201) is not here, since it could not be checked against the paper."
     ]
     tables = [published_table(table) for table in PUBLISHED]
     return Section("published", "Published elsewhere, not measured here", text, tables, True)

@@ -1,32 +1,21 @@
 """The figures of a report as SVG, which follows the colour of the text around it."""
 
-import io
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from minrl.envs.scores import normalized_score, reference_scores
-from minrl.errors import EnvError
-from minrl.scripts.reports.cells import counted
+from minrl.scripts.reports.cells import counted, duration, has_single_seed, thousands
+from minrl.scripts.reports.drawing import INK, RC, draw_estimate, subplots, to_svg
 from minrl.scripts.reports.palette import Style, styles_of
+from minrl.scripts.reports.panels import draw_asked, draw_curves
 
-INK = "#010203"  # becomes the colour of the text
-WIDTH = 10.6  # inches at 72 units an inch, as wide as the page
-COLUMNS = 3
-RC = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.titleweight": "bold",
-}
+# Of a name beside its point: offsets, and what of the name is there.
+PLACES = (
+    *((7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom")),
+    *((0, -7, "center", "top"), (6, 5, "left", "bottom"), (6, -5, "left", "top")),
+    *((-6, 5, "right", "bottom"), (-6, -5, "right", "top")),
+)
 
 
 def draw_figures(study: dict[str, Any]) -> dict[str, str]:
@@ -38,7 +27,9 @@ def draw_figures(study: dict[str, Any]) -> dict[str, str]:
     with mpl.rc_context(RC):
         if study["comparisons"]:
             figures["aggregates"] = draw_aggregates(study["comparisons"], styles)
-            figures["profiles"] = draw_profiles(study["comparisons"][0], styles)
+            figures["costs"] = draw_costs(study, styles)
+            if not has_single_seed(study):
+                figures["profiles"] = draw_profiles(study["comparisons"][0], styles)
         for axis in ("steps", "seconds"):
             figures[f"curves-{axis}"] = draw_curves(study, styles, axis)
         figures["asked-got"] = draw_asked(study, styles)
@@ -50,26 +41,93 @@ def draw_aggregates(comparisons: list[dict[str, Any]], styles: dict[str, Style])
     panels = [(comparisons[0], "last"), (comparisons[0], "best")]
     panels += [(comparison, "last") for comparison in comparisons[1:]]
     names = list(dict.fromkeys(name for of, _ in panels for name in of["methods"]))
-    figure, axes = _subplots(len(panels), len(panels), 0.55 + 0.27 * len(names), share=True)
+    figure, axes = subplots(len(panels), len(panels), 0.55 + 0.27 * len(names), share=True)
     for axis, (comparison, checkpoint) in zip(axes, panels, strict=True):
         for place, name in enumerate(names):
             values = comparison[checkpoint].get(name)
             if values is not None:
-                _draw_estimate(axis, values["iqm"], values["iqm_interval"], place, styles[name])
+                draw_estimate(axis, values["iqm"], values["iqm_interval"], place, styles[name])
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel("normalised score, %")
         axis.set_title(f"IQM, {checkpoint}, {counted(comparison['tasks'], 'task')}", loc="left")
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", visible=False)
-    return _svg(figure, "aggregates")
+    return to_svg(figure, "aggregates")
+
+
+def draw_costs(study: dict[str, Any], styles: dict[str, Style]) -> str | None:
+    """Draw the interquartile means of last checkpoints against parameters and acting latency."""
+    comparison = study["comparisons"][0]
+    parameters: dict[str, list[float]] = {}
+    for cell in study["cells"]:
+        if cell["parameters"] and cell["task"] in comparison["tasks"]:
+            parameters.setdefault(cell["method"], []).append(cell["parameters"])
+    rows = (study["latency"] or {"rows": []})["rows"]
+    acting = {row["method"]: row["median"] for row in rows if row["as_trained"] and "median" in row}
+    panels = (
+        ("parameters", thousands, {name: np.mean(found) for name, found in parameters.items()}),
+        ("time to act", duration, acting),
+    )
+    scores = {name: values["iqm"] for name, values in comparison["last"].items()}
+    panels = [panel for panel in panels if len(scores.keys() & panel[2].keys()) > 1]
+    if not panels:
+        return None
+    figure, axes = subplots(len(panels), 2, 3.2)
+    for axis, (title, form, costs) in zip(axes, panels, strict=True):
+        points = {name: (costs[name], score) for name, score in scores.items() if name in costs}
+        for name, point in points.items():
+            style = styles[name]
+            axis.plot(*point, style.marker, color=style.colour, markersize=6)
+        _set_costs(axis, form)
+        axis.set_xlabel(f"{title}, logarithmic")
+        axis.set_ylabel("IQM of last scores, %")
+        axis.set_title(f"Score against {title}", loc="left")
+        _name_points(axis, points)
+    return to_svg(figure, "costs")
+
+
+def _set_costs(axis, form: Callable[[float], str]) -> None:
+    """Make the horizontal axis logarithmic, with room for names and all ticks written out."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_xscale("log")
+    axis.margins(x=0.2, y=0.15)
+    low, high = axis.get_xlim()
+    within_a_decade = high < 10 * low
+    axis.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axis.xaxis.set_major_formatter(lambda x, _: form(x))
+    axis.xaxis.set_minor_formatter(lambda x, _: form(x) if within_a_decade else "")
+    axis.tick_params(axis="x", which="both", length=3.5, pad=3.5)
+
+
+def _name_points(axis, points: dict[str, tuple[float, float]]) -> None:
+    """Write each name beside its point, where it hides least of the others."""
+    from matplotlib.transforms import Bbox
+
+    axis.figure.draw_without_rendering()  # from here on it is known where the points are
+    taken = [
+        Bbox.from_bounds(*(at - 5), 10, 10) for at in axis.transData.transform([*points.values()])
+    ]
+    for name, point in points.items():
+        label = axis.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8)
+
+        def hides(place: tuple, label=label) -> float:
+            x, y, horizontal, vertical = place
+            label.set(position=(x, y), ha=horizontal, va=vertical)
+            box = label.get_window_extent()
+            shared = [Bbox.intersection(box, other) for other in taken]
+            return sum(both.width * both.height for both in shared if both is not None)
+
+        hides(min(PLACES, key=hides))
+        taken.append(label.get_window_extent())
 
 
 def draw_profiles(comparison: dict[str, Any], styles: dict[str, Style]) -> str:
     """Draw the share of runs above each score, and the probabilities of improvement."""
     rows = comparison["improvement"]
     rivals = len({row["rival"] for row in rows})
-    figure, axes = _subplots(2 if rows else 1, 2, max(3.1, 0.9 + 0.3 * rivals))
+    figure, axes = subplots(2 if rows else 1, 2, max(3.1, 0.9 + 0.3 * rivals))
     profiles, axis = comparison["profiles"], axes[0]
     for name, line in profiles["lines"].items():
         style = styles[name]
@@ -95,10 +153,16 @@ def draw_profiles(comparison: dict[str, Any], styles: dict[str, Style]) -> str:
     axis.set_ylabel("share of runs that score more than s")
     axis.set_ylim(-0.02, 1.02)
     axis.set_title("Performance profiles, last checkpoint", loc="left")
-    axis.legend(frameon=False, fontsize=8, loc="best", handlelength=2.6)
+    figure.legend(
+        loc="outside lower center",
+        ncols=min(len(profiles["lines"]), 6),
+        frameon=False,
+        fontsize=8,
+        handlelength=2.6,
+    )
     if rows:
         _draw_improvement(axes[1], rows, styles)
-    return _svg(figure, "profiles")
+    return to_svg(figure, "profiles")
 
 
 def _draw_improvement(axis, rows: list[dict[str, Any]], styles: dict[str, Style]) -> None:
@@ -107,7 +171,7 @@ def _draw_improvement(axis, rows: list[dict[str, Any]], styles: dict[str, Style]
     for row in rows:
         place = rivals.index(row["rival"]) + 0.36 * (ours.index(row["method"]) / len(ours) - 0.25)
         label = f"{row['method']} is better" if row["rival"] == rivals[-1] else None
-        _draw_estimate(
+        draw_estimate(
             axis, row["probability"], row["interval"], place, styles[row["method"]], label
         )
     axis.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
@@ -115,203 +179,8 @@ def _draw_improvement(axis, rows: list[dict[str, Any]], styles: dict[str, Style]
     axis.set_ylim(len(rivals) - 0.4, -0.6)
     axis.set_xlim(-0.02, 1.02)
     axis.set_xlabel("probability")
-    axis.set_title("Probability of improvement, last checkpoint", loc="left")
+    axis.set_title("Probability of improvement, last checkpoint", loc="left", pad=20)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", visible=False)
-    axis.legend(frameon=False, fontsize=8, loc="lower left")
-
-
-def _draw_estimate(
-    axis, value: float, interval: list[float] | None, place: float, style: Style, label=None
-) -> None:
-    """Draw an estimate as a stroke in the bar of its interval."""
-    if interval:
-        axis.plot(
-            interval,
-            [place, place],
-            color=style.colour,
-            linewidth=6,
-            alpha=0.35,
-            solid_capstyle="butt",
-        )
-    axis.plot(value, place, "|", color=style.colour, markersize=11, mew=2.6, label=label)
-
-
-def draw_curves(study: dict[str, Any], styles: dict[str, Style], against: str) -> str | None:
-    """Draw the evaluations while training of each task, mean and range over the seeds.
-
-    Args:
-        study: The report's figures.
-        styles: By method.
-        against: "steps", or "seconds" of training.
-    """
-    panels = []
-    for index, task in enumerate(study["tasks"]):
-        lines = {}
-        for name in styles:
-            runs = [r for r in study["runs"] if r["method"] == name and r["task"] == index]
-            line = _mean_curve(runs, task["unit"], against)
-            if line is not None:
-                lines[name] = line
-        panels.append((task, lines))
-    if not any(lines for _, lines in panels):
-        return None
-    unit, divisor = ("training steps", 1.0)
-    if against == "seconds":
-        longest = max(line[0].max() for _, lines in panels for line in lines.values())
-        unit, divisor = ("minutes of training", 60.0) if longest > 300 else ("seconds", 1.0)
-        unit = "seconds of training" if divisor == 1.0 else unit
-
-    def draw(axis, task: dict[str, Any], lines: dict[str, Any]) -> None:
-        for name, (x, mean, low, high) in lines.items():
-            style = styles[name]
-            axis.plot(
-                x / divisor,
-                mean,
-                color=style.colour,
-                linestyle=style.line,
-                linewidth=style.width,
-                marker=style.marker,
-                markersize=3.5,
-                label=name,
-            )
-            axis.fill_between(x / divisor, low, high, color=style.colour, alpha=0.1, linewidth=0)
-        axis.set_xlabel(unit)
-        axis.set_ylabel("score, %" if task["unit"] == "score" else "return")
-        axis.set_xlim(left=0)
-        if against == "steps":
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
-
-    return _draw_panels(f"curves-{against}", panels, draw)
-
-
-def _mean_curve(runs: list[dict[str, Any]], unit: str, against: str) -> tuple | None:
-    """Return x, mean, least and largest over the runs, at the steps that all were evaluated at."""
-    curves = []
-    for run in runs:
-        curve, target = run["curve"], run["targets"][0]
-        values = curve.get("targets", {}).get("" if target is None else f"{target:g}")
-        if values and None not in curve["seconds"]:
-            y = values["score" if unit == "score" else "return"]
-            curves.append((curve["steps"], curve["seconds"], y))
-    if not curves:
-        return None
-    common = sorted(set.intersection(*(set(steps) for steps, *_ in curves)))
-    if not common:
-        return None
-    at = [[steps.index(step) for step in common] for steps, *_ in curves]
-    y = np.array([[c[2][i] for i in where] for c, where in zip(curves, at, strict=True)], float)
-    seconds = np.array([[c[1][i] for i in where] for c, where in zip(curves, at, strict=True)])
-    x = np.array(common, float) if against == "steps" else seconds.mean(0)
-    return x, y.mean(0), y.min(0), y.max(0)
-
-
-def draw_asked(study: dict[str, Any], styles: dict[str, Style]) -> str | None:
-    """Draw the return got against the return asked for, of each task."""
-    panels = []
-    for index, task in enumerate(study["tasks"]):
-        lines = {}
-        for cell in study["cells"]:
-            asked = [item for item in cell["asked"] if item["target"] is not None]
-            if cell["task"] == index and cell["method"] in styles and asked:
-                points = sorted((item["target"], item["return_mean"]) for item in asked)
-                lines[cell["method"]] = np.array(points).T
-        panels.append((task, lines))
-    if not any(lines for _, lines in panels):
-        return None
-
-    def draw(axis, task: dict[str, Any], lines: dict[str, Any]) -> None:
-        for name, (asked, got) in lines.items():
-            style = styles[name]
-            axis.plot(
-                asked,
-                got,
-                color=style.colour,
-                linestyle=style.line,
-                linewidth=style.width,
-                marker=style.marker,
-                markersize=4.5,
-                label=name,
-            )
-        ends = [0, max((asked.max() for asked, _ in lines.values()), default=1)]
-        axis.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":", label="as asked")
-        axis.set_xlabel("return asked for")
-        axis.set_ylabel("return got")
-        expert = _expert_return(task)
-        if expert is not None and expert < 1.3 * ends[1]:
-            axis.axhline(expert, color=INK, linewidth=0.6, alpha=0.5, label="expert, 100 %")
-
-    return _draw_panels("asked-got", panels, draw)
-
-
-def _expert_return(task: dict[str, Any]) -> float | None:
-    """Return the return of 100 percent where D4RL's references are the measure."""
-    try:
-        name = task["environment"] or task["id"]
-        highest = reference_scores(name)[1]
-    except EnvError:
-        return None
-    return highest if math.isclose(normalized_score(highest, name), 100.0) else None
-
-
-def _draw_panels(name: str, panels: Sequence[tuple], draw: Callable) -> str:
-    """Draw a panel for each task, and one legend for all."""
-    columns = min(COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = _subplots(len(panels), columns, 2.25 * rows + 0.5)
-    handles: dict[str, Any] = {}
-    for axis, (task, lines) in zip(axes, panels, strict=True):
-        axis.set_title(task["label"], loc="left")
-        if not lines:
-            axis.text(0.5, 0.5, "no evaluations", ha="center", transform=axis.transAxes, alpha=0.6)
-            continue
-        draw(axis, task, lines)
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles,
-        loc="outside upper left",
-        ncols=-(-len(handles) // (1 if len(handles) < 9 else 2)),
-        frameon=False,
-        handlelength=2.6,
-        columnspacing=1.4,
-    )
-    return _svg(figure, name)
-
-
-def _subplots(count: int, columns: int, height: float, share: bool = False):
-    """Return a figure and its axes; places without one are left empty."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasSVG(figure)  # drawn without a display, whatever the user's backend
-    rows = -(-count // columns)
-    sharing = {"sharex": True, "sharey": True} if share else {}
-    axes = figure.subplots(rows, columns, squeeze=False, **sharing).ravel()
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    for axis in axes[:count]:
-        axis.grid(alpha=0.15, color=INK, linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_alpha(0.4)
-        axis.patch.set_visible(False)
-    return figure, axes[:count]
-
-
-def _svg(figure, name: str) -> str:
-    """Return the figure as an SVG element to be put into a page."""
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--sans, sans-serif)", svg)
-    svg = re.sub(r"(\d\.\d{2})\d+", r"\1", svg)  # hundredths of a point are fine enough
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": len(ours)}
+    axis.legend(frameon=False, fontsize=8, **above)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from minrl.agents.decision_agent import DecisionAgent
+from minrl.agents.native_step import COMPILED
 from minrl.scripts.benchmarks.measuring import Clock, Contestant, Prepared, compete
 from minrl.scripts.machine import device_name
 from minrl.scripts.reports.collect import Run
@@ -29,7 +30,8 @@ def measure_latency(
 
     Each acts in the way it was trained for, and those with a memory in the other way too: with a
     state that is carried along (recurrent; of a Transformer, cached keys and values), and from the
-    last steps at every step (windowed).
+    last steps at every step (windowed). Those with a compiled step act without it too (eager), as
+    all others do: what is compared then is the architectures.
 
     Args:
         runs: With checkpoints, or they are shown as missing.
@@ -49,11 +51,15 @@ def measure_latency(
         run = next((run for run in of_method if run.datasets == commonest), of_method[0])
         trained_for = run.refresh_every
         ways = {trained_for} if method.family in MEMORYLESS else {trained_for, RECURRENT, WINDOWED}
-        for way in sorted(ways, key=lambda way, trained_for=trained_for: way != trained_for):
-            prepare = functools.partial(_prepare, run.path, way)
-            contestants.append(Contestant(f"{method.name} {way}", prepare))
-            acting = way_to_act(way, method.family)
-            rows.append({"method": method.name, "acting": acting, "as_trained": way == trained_for})
+        ordered = sorted(ways, key=lambda way, trained_for=trained_for: way != trained_for)
+        for way, is_eager in [(way, False) for way in ordered] + [(RECURRENT, True)]:
+            if is_eager and method.family not in COMPILED:
+                continue
+            prepare = functools.partial(_prepare, run.path, way, is_eager)
+            acting = way_to_act(way, method.family) + ", eager" * is_eager
+            contestants.append(Contestant(f"{method.name} {acting}", prepare))
+            as_trained = way == trained_for and not is_eager
+            rows.append({"method": method.name, "acting": acting, "as_trained": as_trained})
     clock = Clock(torch.device("cpu"))
     outcomes = compete(
         contestants,
@@ -72,10 +78,12 @@ def measure_latency(
     return {"device": device_name(clock.device), "threads": torch.get_num_threads(), "rows": rows}
 
 
-def _prepare(folder: Path, refresh_every: int, _case: None) -> Prepared:
+def _prepare(folder: Path, refresh_every: int, is_eager: bool, _case: None) -> Prepared:
     """Return the steps of an agent that has its window full already."""
     agent = DecisionAgent.load(folder)
     agent.refresh_every = refresh_every
+    if is_eager:  # compiled code would pass a hook by, so a model with one is not compiled
+        agent.model.register_forward_hook(lambda *_: None)
     random = np.random.default_rng(0)
     mean, std = (x.numpy() for x in (agent.model.observation_mean, agent.model.observation_std))
     observations = random.normal(mean, std, (EPISODE, len(mean))).astype(np.float32)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from minrl.scripts.reports.cells import Cell, Table
-from minrl.scripts.reports.content import Facts, Picture, Section, lead_of, sections_of, title_of
+from minrl.scripts.reports.cells import Cell, Facts, Picture, Section, Table, columns_of_words
+from minrl.scripts.reports.content import lead_of, sections_of, title_of
 
 INK, PAPER = "#1c2128", "#ffffff"
 
@@ -37,7 +37,8 @@ def _section(section: Section, files: dict[str, str]) -> list[str]:
         if isinstance(part, Table):
             parts += _table(part)
         elif isinstance(part, Picture):
-            parts += [f"![{part.caption}]({files[part.name]})", part.caption]
+            parts += [f"### {part.title}"] if part.title else []
+            parts += [f"![{part.name}]({files[part.name]})", part.caption]
         else:
             parts.append(_facts(part))
     if section.others_work:  # set apart from our own figures
@@ -53,8 +54,9 @@ def _facts(facts: Facts) -> str:
 
 
 def _table(table: Table) -> list[str]:
-    rule = "|---|" + "---:|" * (len(table.heads) - 1)
-    rows = [_row(table.heads), rule, *(_row(row) for row in table.rows)]
+    words = {0} | columns_of_words(table)
+    rule = "|".join("---" if i in words else "---:" for i in range(len(table.heads)))
+    rows = [_row(table.heads), f"|{rule}|", *(_row(row) for row in table.rows)]
     title = [f"### {table.title}"] if table.title else []
     return [*title, "\n".join(rows), *table.notes]
 

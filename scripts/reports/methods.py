@@ -18,10 +18,10 @@ ORDER = (
     *MEMORYLESS,
 )
 
-# Settings that do not make another method: what it learns from and where, what merely follows from
-# that, and what is only looked at.
+# Settings that do not make another method: what it learns from and where, and what is only looked
+# at.
 NOT_THE_METHOD = (
-    *("dataset", "on_bad_episode", "environment", "seed", "targets", "return_scale"),
+    *("dataset", "on_bad_episode", "environment", "seed"),
     *("preset", "device", "run_dir", "log_every", "final_episodes", "backbone"),
 )
 
@@ -54,7 +54,7 @@ def name_methods(runs: Sequence[Run]) -> list[Method]:
             families.setdefault(family_of(run.settings), []).append(run)
     for family, members in families.items():
         for run, changes in _changes(members):
-            parts = [f"{name}={_short(value)}" for name, value, _ in changes]
+            parts = [f"{name}={short(value)}" for name, value, _ in changes]
             run.method = ", ".join([family, *parts])
             methods.setdefault(run.method, Method(run.method, family, tuple(changes)))
     return sorted(methods.values(), key=_place)
@@ -79,30 +79,55 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def _changes(runs: list[Run]) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
-    """Return for each run of a family the settings that are unusual on its task.
-
-    Usual is what most runs on the same task have, since some settings belong to the task; if as
-    many have another value, what most runs of the family have; then what the preset says.
-    """
+    """Return for each run of a family the settings that are unusual on its task."""
     settings = [settings_of(run) for run in runs]
-    presets = [_preset_of(run.settings) for run in runs]
+    presets = {run.datasets: _preset_of(run.settings) for run in runs}
     found = [(run, []) for run in runs]
     for name in dict.fromkeys(name for values in settings for name in values):
         having = [index for index, values in enumerate(settings) if name in values]
-        anywhere = Counter(settings[index][name] for index in having)
-        for task in dict.fromkeys(runs[index].datasets for index in having):
-            here = [index for index in having if runs[index].datasets == task]
-            on_task = Counter(settings[index][name] for index in here)
-            preset = presets[here[0]][name]
-
-            def rank(value, on_task=on_task, anywhere=anywhere, preset=preset):
-                return on_task[value], anywhere[value], value == preset
-
-            usual = max(on_task, key=rank)
-            for index in here:
-                if settings[index][name] != usual:
-                    found[index][1].append((name, settings[index][name], usual))
+        on_tasks: dict[tuple, Counter] = {}
+        for index in having:
+            on_tasks.setdefault(runs[index].datasets, Counter())[settings[index][name]] += 1
+        declared = [index for index in having if not _is_variant(runs[index])]
+        anywhere = Counter(settings[index][name] for index in declared or having)
+        usual = _usual(on_tasks, {task: presets[task][name] for task in on_tasks}, anywhere)
+        for index in having:
+            value, baseline = settings[index][name], usual[runs[index].datasets]
+            if value != baseline:
+                found[index][1].append((name, value, baseline))
     return found
+
+
+def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any], anywhere: Counter) -> dict:
+    """Return the usual value of a setting by task, which a failed run does not change.
+
+    Where runs differ it is the preset's value, if some have that, else the commonest of the whole
+    family. A task where all have one value may have it for a reason, and keeps it, unless that is
+    the value of a variant elsewhere: then the runs with the usual one failed here.
+
+    Args:
+        on_tasks: By task, how many runs have each value.
+        presets: By task, the preset's value.
+        anywhere: How many runs of all tasks have each value.
+    """
+    commonest = max(anywhere, key=anywhere.get)
+    winners = {
+        task: presets[task] if presets[task] in values else commonest
+        for task, values in on_tasks.items()
+        if len(values) > 1
+    }
+    usual = {}
+    for task, values in on_tasks.items():
+        value = next(iter(values))
+        beaten_by = [winner for other, winner in winners.items() if value in on_tasks[other]]
+        lost = beaten_by and value not in winners.values()
+        usual[task] = winners.get(task, beaten_by[0] if lost else value)
+    return usual
+
+
+def _is_variant(run: Run) -> bool:
+    """Return whether ``minrl study`` wrote it as one: METHOD,NAME=VALUE-sSEED."""
+    return "," in run.path.name
 
 
 def _preset_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +136,10 @@ def _preset_of(settings: dict[str, Any]) -> dict[str, Any]:
     return flatten(config)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a setting as it is put into names."""
+    if isinstance(value, tuple):
+        return " ".join(map(short, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from minrl.scripts.benchmarks.report import duration
 from minrl.scripts.reports.cells import (
     MISSING,
     Cell,
     Table,
+    duration,
     heads_of,
+    machine,
     method_cell,
     number,
     ratio,
@@ -32,11 +33,13 @@ def latency_table(study: dict[str, Any]) -> Table | None:
         rows.append([name, acting, *times, *counts])
     note = (
         "DecisionAgent.act for one environment, from observation to action, the agents in turns, "
-        f"the window full; on {study['latency']['device']}, {study['latency']['threads']} "
-        "thread(s). Recurrent: a state is carried along; windowed: the last steps are gone through "
-        "again at every step; cached: keys and values are kept."
+        f"the window full; on {machine(study['latency']['device'])}, "
+        f"{study['latency']['threads']} thread(s). Recurrent: a state is carried along; windowed: "
+        "the last steps are gone through again at every step; cached: keys and values are kept. "
+        "minGRU, minLSTM and GILR have a compiled step; all others run PyTorch operation by "
+        "operation (eager), so what architectures cost is compared with the eager rows."
     )
-    heads = ("method", "way of acting", "median", "p95", "actions a second", "timed")
+    heads = ("method", "way of acting", "median", "p95", "actions per second", "calls timed")
     return Table("", heads_of(*heads), rows, [note])
 
 
@@ -54,19 +57,19 @@ def ablation_table(study: dict[str, Any]) -> Table | None:
                 Cell(number(row["usual_score"])),
                 _difference_cell(row),
                 Cell(str(row["pairs"]), where),
-                Cell(ratio(row.get("seconds_ratio"))),
+                Cell(ratio(row.get("step_seconds_ratio"))),
                 Cell(ratio(row.get("parameters_ratio"))),
             ]
         )
     heads = heads_of(
-        *("method", "choice", "score with it", "as usual", "difference", "pairs"),
+        *("method", "choice", "score with it", "baseline", "difference", "pairs"),
         *("training time", "parameters"),
     )
     note = (
         "Last checkpoints at the first target, in percent, over the runs that have the same task "
-        "and seed in both; bootstrap 95 % interval of the mean difference from these pairs. Bold: "
-        "the interval leaves out zero. Training time a step and parameters as multiples of the "
-        "usual."
+        "and seed in both; with the 95 % interval of the mean over tasks of these differences "
+        "(Student's t, Welch-Satterthwaite), if each task has two pairs. Bold: it leaves out zero. "
+        "Training time (median step) and parameters as multiples of the baseline's."
     )
     return Table("", heads, rows, [note]) if rows else None
 
@@ -75,7 +78,7 @@ def _difference_cell(row: dict[str, Any]) -> Cell:
     if row["difference"] is None:
         return Cell(MISSING, "no run to pair with")
     if row["interval"] is None:
-        return Cell(f"{row['difference']:+.1f}", "one seed: no interval")
+        return Cell(f"{row['difference']:+.1f}")
     low, high = row["interval"]
     return Cell(f"{row['difference']:+.1f}", span(low, high, "+.1f"), bold=low > 0 or high < 0)
 

@@ -1,11 +1,19 @@
 """The report as one HTML file that needs nothing else."""
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from minrl.scripts.reports.cells import MISSING, OUTSIDE, TIMES, Cell, Table
-from minrl.scripts.reports.content import Facts, Picture, Section, lead_of, sections_of, title_of
+from minrl.scripts.reports.cells import (
+    MISSING,
+    OUTSIDE,
+    Cell,
+    Facts,
+    Picture,
+    Section,
+    Table,
+    columns_of_words,
+)
+from minrl.scripts.reports.content import lead_of, sections_of, title_of
 from minrl.scripts.reports.palette import styles_of
 
 WIDE = 9  # columns
@@ -50,7 +58,7 @@ i.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%;
   margin-right: .5em; }
 thead i.dot { display: block; margin: 0 0 .25rem auto; }
 figure { margin: 1.4rem 0; }
-figure svg { width: 100%; height: auto; display: block; }
+figure svg { width: 100%; min-width: 760px; height: auto; display: block; }
 figcaption { font-size: .82rem; color: var(--soft); max-width: 95ch; }
 dl { margin: 0; font-size: .88rem; border-top: 1px solid var(--line); }
 dl > div { display: grid; grid-template-columns: 9rem 1fr; padding: .36rem .3rem;
@@ -74,7 +82,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .8rem; }
   body { font-size: 10pt; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   main { max-width: none; padding: 0; } nav { display: none; } .scroll { overflow: visible; }
   table { font-size: 7.6pt; } th, td { padding: .22rem .4rem; }
-  figure svg { max-height: 150mm; }
+  figure svg { max-height: 150mm; min-width: 0; }
   figure, tr, dl > div { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 
@@ -121,8 +129,10 @@ def _section(section: Section, figures: dict[str, str], colours: dict[str, str])
         if isinstance(part, Table):
             parts.append(_table(part, {} if section.others_work else colours))
         elif isinstance(part, Picture):
-            caption = escape(part.caption)
-            parts.append(f"<figure>{figures[part.name]}<figcaption>{caption}</figcaption></figure>")
+            parts += [f"<h3>{escape(part.title)}</h3>"] if part.title else []
+            drawn = f'<div class="scroll">{figures[part.name]}</div>'
+            caption = f"<figcaption>{escape(part.caption)}</figcaption>"
+            parts.append(f"<figure>{drawn}{caption}</figure>")
         else:
             parts.append(_facts(part))
     kind = ' class="others"' if section.others_work else ""
@@ -138,7 +148,7 @@ def _facts(facts: Facts) -> str:
 
 
 def _table(table: Table, colours: dict[str, str]) -> str:
-    words = _columns_of_words(table)
+    words = columns_of_words(table)
     heads = "".join(_cell(c, "th", i in words, colours) for i, c in enumerate(table.heads))
     rows = []
     first_sum = len(table.rows) - table.last_rows
@@ -156,17 +166,6 @@ def _table(table: Table, colours: dict[str, str]) -> str:
         f'{title}<div class="scroll"><table{wide}><thead><tr>{heads}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>{notes}"
     )
-
-
-def _columns_of_words(table: Table) -> set[int]:
-    """Return the columns, but the first, that hold no figures and are set flush left."""
-
-    def is_words(texts: Sequence[str]) -> bool:
-        return any(texts) and not any(t[0].isdigit() or t[0] in f"+-{TIMES}" for t in texts)
-
-    columns = range(1, len(table.heads))
-    texts = {i: [row[i].text for row in table.rows if row[i].text != MISSING] for i in columns}
-    return {i for i in columns if is_words(texts[i])}
 
 
 def _cell(cell: Cell, tag: str, words: bool, colours: dict[str, str]) -> str:

@@ -35,34 +35,33 @@ def _columns(names: str, rows: str) -> dict[str, tuple[str, ...]]:
     return dict(zip(names.split(), zip(*by_row, strict=True), strict=True))
 
 
-MINIMAL_RNNS = PublishedTable(
-    title="Minimal RNNs against Decision Transformer and Decision Mamba",
+SEQUENCE_MODELS = PublishedTable(
+    title="Sequence models, as quoted by the RATE paper",
     source=(
-        "Feng et al., “Were RNNs All We Needed?” (arXiv 2410.01201), its table of offline "
-        "RL; the column DMamba is Decision Mamba (arXiv 2403.19925) as quoted by the RATE paper. "
-        "The other columns were copied from memory of the paper and not checked against it: "
-        "check before you cite."
+        "The table of the RATE paper, which quotes the others: DT, Decision Transformer (arXiv "
+        "2106.01345); TT, Trajectory Transformer; DMamba, Decision Mamba (arXiv 2403.19925); "
+        "MambaDM (arXiv 2406.02013)."
     ),
     protocol=(
-        "Which checkpoint and which target were reported is not known for this table. Decision "
-        "Mamba's author says that its paper reports the maximum over the evaluations during "
-        "training; a user's re-run of hopper-medium gave 55.93 ± 1.95 where the paper has 83.5 ± "
-        "12.5 (Toshihiro-Ota/decision-mamba, issue 2). Such figures are neither last scores nor "
-        "best scores on fresh episodes as in this report."
+        "Which checkpoint and which target were reported differs or is not known. Decision Mamba's "
+        "author says that its paper reports the maximum over the evaluations during training; a "
+        "user's re-run of hopper-medium gave 55.93 ± 1.95 where the paper has 83.5 ± 12.5 "
+        "(Toshihiro-Ota/decision-mamba, issue 2). Such figures are neither last scores nor best "
+        "scores on fresh episodes as in this report."
     ),
     methods=_columns(
-        "DT DS4 DAaren DMamba minLSTM minGRU",
+        "DT TT DMamba MambaDM RATE",
         """
-        42.6 42.5 42.2 42.8±0.1 42.7±0.7 43.0±0.4
-        68.4 54.2 80.9 83.5±12.5 85.0±4.4 79.4±8.2
-        75.5 78.0 74.4 78.2±0.6 72.0±7.5 73.3±3.3
-        37.0 15.2 37.9 39.6±0.1 38.6±1.1 38.5±1.1
-        85.6 49.6 77.9 82.6±4.6 88.5±4.7 90.5±0.9
-        71.2 69.0 71.4 70.9±4.3 69.7±10.7 72.8±8.9
-        88.8 92.7 75.7 91.9±0.6 85.4±1.7 86.3±0.5
-        109.6 110.8 103.9 111.1±0.3 110.3±1.6 109.7±2.7
-        109.3 105.7 110.5 108.3±0.5 110.3±0.5 110.3±0.4
-        76.4 68.6 75.0 78.8 78.1 78.2
+        42.6 46.9 42.8±0.1 42.8 43.5
+        67.6 61.1 83.5±12.5 85.7 77.4
+        74.0 79.0 78.2±0.6 78.2 80.7
+        36.6 41.9 39.6±0.1 39.1 39.0
+        82.7 91.5 82.6±4.6 86.1 83.7
+        66.6 82.6 70.9±4.3 73.4 73.7
+        86.8 95.0 91.9±0.6 86.5 87.4
+        107.6 110.0 111.1±0.3 110.5 112.5
+        108.1 101.9 108.3±0.5 108.8 108.7
+        74.7 78.9 78.8 79.0 78.5
         """,
     ),
 )
@@ -92,4 +91,4 @@ CORL_LAST = PublishedTable(
     ),
 )
 
-PUBLISHED = (MINIMAL_RNNS, CORL_LAST)
+PUBLISHED = (SEQUENCE_MODELS, CORL_LAST)

@@ -1,8 +1,8 @@
 """The tables of scores: all at a glance, by task, against rivals, by the return asked for."""
 
+import math
 from typing import Any
 
-from minrl.scripts.benchmarks.report import duration
 from minrl.scripts.reports.cells import (
     MISSING,
     OUTSIDE,
@@ -10,6 +10,8 @@ from minrl.scripts.reports.cells import (
     Table,
     clock,
     counted,
+    duration,
+    has_single_seed,
     heads_of,
     main_methods,
     mark_best,
@@ -19,6 +21,7 @@ from minrl.scripts.reports.cells import (
     thousands,
     with_interval,
 )
+from minrl.scripts.reports.statistics import MISSES
 
 CHECKPOINTS = {
     "last": "Last checkpoint",
@@ -55,9 +58,9 @@ def overview(study: dict[str, Any]) -> Table | None:
         times = [_training_cell(of_method), _latency_cell(latency.get(name))]
         rows.append([method_cell(study, name), *cells, parameters, *times])
     notes = [
-        f"Percent over {counted(first['tasks'], 'task')}{_runs_each(first)}, at the first target "
-        "of each task, with stratified bootstrap 95 % intervals. IQM: interquartile mean of all "
-        "runs. Bold: inside the interval of the highest.",
+        f"Percent over {counted(first['tasks'], 'task')}{_seeds_each(first)}, at the first target "
+        f"of each task. IQM: interquartile mean of all runs.{_interval_note(study, first)} "
+        "Training: the median step times the steps; acting: as trained, median.",
         *(note for comparison in study["comparisons"] for note in _left_out(study, comparison)),
     ]
     return Table("", heads + heads_of("parameters", "training", "acting"), rows, notes)
@@ -75,17 +78,43 @@ def _latency_cell(row: dict[str, Any] | None) -> Cell:
 
 
 def _training_cell(cells: list[dict[str, Any]]) -> Cell:
-    known = [cell for cell in cells if cell["seconds"]]
+    known = [cell for cell in cells if cell["step_seconds"]]
     if not known:
         return Cell(MISSING)
-    each = [cell["seconds"] / cell["steps"] for cell in known]
-    mean = sum(cell["seconds"] for cell in known) / len(known)
-    return Cell(clock(mean), f"{duration(sum(each) / len(each))} a step")
+    each = sum(cell["step_seconds"] for cell in known) / len(known)
+    whole = sum(cell["step_seconds"] * cell["steps"] for cell in known) / len(known)
+    return Cell(clock(whole), f"{duration(each)} per step")
 
 
-def _runs_each(comparison: dict[str, Any]) -> str:
-    runs = sorted({values["runs"] for values in comparison["last"].values()})
-    return f", {range_of(runs, str)} runs a method" if runs else ""
+def _seeds_each(comparison: dict[str, Any]) -> str:
+    seeds = [values["seeds"] for values in comparison["last"].values()]
+    return f", {range_of(seeds, str)} seed{'s' * (max(seeds) > 1)} each" if seeds else ""
+
+
+def _interval_note(study: dict[str, Any], comparison: dict[str, Any]) -> str:
+    if has_single_seed(study):
+        return ""
+    return (
+        " With stratified bootstrap 95 % intervals; a method with a single seed on some task has "
+        f"none. {_how_narrow(comparison, 0)} Bold: inside the interval of the highest, unless all "
+        "are; shaded: nothing else is inside."
+    )
+
+
+def _how_narrow(comparison: dict[str, Any], which: int) -> str:
+    """Say what share of such intervals missed the truth in simulations of studies of this size."""
+    seeds = min((values["seeds"] for values in comparison["last"].values()), default=1)
+    tasks = len(comparison["tasks"])
+
+    def distance(size: tuple[int, int]) -> float:
+        return abs(math.log(size[0] / seeds)) + abs(math.log(size[1] / tasks))
+
+    nearest = min(MISSES, key=distance)
+    return (
+        f"With few runs they are too narrow: in simulated studies of {nearest[0]} seeds and "
+        f"{counted(range(nearest[1]), 'task')} {100 * MISSES[nearest][which]:.0f} % of them missed "
+        "the truth, not 5 %."
+    )
 
 
 def _left_out(study: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
@@ -98,6 +127,12 @@ def _left_out(study: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
     if comparison["left_out_methods"]:
         names = ", ".join(comparison["left_out_methods"])
         notes.append(f"{of}: without {names}, which have less than half of the tasks.")
+    for name, values in comparison["last"].items():
+        if values["seeds"] < values["seeds_at_most"]:
+            notes.append(
+                f"{of}: of {name} only the first {counted(range(values['seeds']), 'seed')} of each "
+                "task, since it has no more on some: so no task weighs more."
+            )
     return notes
 
 
@@ -171,13 +206,16 @@ def _score_note(study: dict[str, Any], checkpoint: str, usual: int) -> str:
     spread = f"Mean ± standard deviation over {seeds} unless the cell says otherwise"
     if usual < 2:
         spread = "One seed, which has no spread, unless the cell says otherwise"
+    marks = (
+        " Bold: inside the 95 % interval (Student's t over the seeds) of the row's highest, unless "
+        "all are or that has one seed; shaded: nothing else is inside. Means over tasks with "
+        "stratified bootstrap 95 % intervals."
+    )
+    marks = "" if has_single_seed(study) else marks
     return (
-        f"The {checkpoint} checkpoint at the first target, {range_of(episodes, str)} episodes a "
+        f"The {checkpoint} checkpoint at the first target, {range_of(episodes, str)} episodes per "
         "run, in percent of D4RL's reference returns where there are any. "
-        f"{spread}. Bold: inside the 95 % interval (Student's t over the seeds) of the row's "
-        "highest; nothing where that has one seed. Means over tasks are of all runs, with "
-        "stratified bootstrap 95 % intervals. "
-        f"{MISSING}: no such run."
+        f"{spread}. {MISSING}: no such run.{marks}"
     )
 
 
@@ -199,7 +237,10 @@ def improvement_table(study: dict[str, Any]) -> Table | None:
     by_pair: dict[tuple[str, str], dict[str, Any]] = {}
     for comparison in study["comparisons"]:
         for row in comparison["improvement"]:
-            of = {"tasks": counted(comparison["tasks"], "task")}
+            of = {
+                "tasks": counted(comparison["tasks"], "task"),
+                "narrow": _how_narrow(comparison, 1),
+            }
             by_pair.setdefault((row["method"], row["rival"]), row | of)
     rivals = {rival: by_pair[own, rival]["tasks"] for own, rival in by_pair}
     rows = []
@@ -208,8 +249,10 @@ def improvement_table(study: dict[str, Any]) -> Table | None:
         rows.append([method_cell(study, own), *cells])
     note = (
         "The chance that a run of the method on the left scores more than one of the rival above "
-        "it on the same task: last checkpoints, averaged over tasks, with 95 % intervals; 0.5 is a "
-        "draw. Bold: the whole interval is on one side of that."
+        "it on the same task: last checkpoints, averaged over tasks; 0.5 is a draw. With bootstrap "
+        "95 % intervals where all have two seeds or more. "
+        f"{' '.join(dict.fromkeys(row['narrow'] for row in by_pair.values()))} Bold: the whole "
+        "interval is on one side of 0.5."
     )
     heads = [Cell(method_cell(study, rival).text, tasks) for rival, tasks in rivals.items()]
     title = "Probability of improvement"
@@ -220,7 +263,7 @@ def _improvement_cell(row: dict[str, Any] | None) -> Cell:
     if row is None:
         return Cell(MISSING)
     if row["interval"] is None:
-        return Cell(f"{row['probability']:.2f}", "no interval")
+        return Cell(f"{row['probability']:.2f}")
     low, high = row["interval"]
     clear = low > 0.5 or high < 0.5
     return Cell(f"{row['probability']:.2f}", span(low, high, ".2f"), bold=clear)

@@ -9,39 +9,14 @@ from typing import Any
 import numpy as np
 
 from minrl.data.dataset_ids import EMBEDDED_IDS
-from minrl.envs.evaluation import student_t_quantile
 from minrl.scripts.reports.collect import Run, headline
 from minrl.scripts.reports.comparison import ablations, comparisons
-from minrl.scripts.reports.methods import NOT_THE_METHOD, Method
-from minrl.scripts.train_config import FINAL_SEED, SELECTION_SEED
+from minrl.scripts.reports.methods import Method
+from minrl.scripts.reports.protocol import describe_protocol
+from minrl.scripts.reports.statistics import student_interval
 
 CHECKPOINTS = ("last", "best")
-FORMAT = 1
-
-# Settings that a reader must know of, with their names; of others only where methods differ.
-PROTOCOL = {
-    "preset": "preset",
-    "steps": "training steps",
-    "batch_size": "windows a step",
-    "context": "steps of a window",
-    "burn_in": "burn-in steps before a window",
-    "learning_rate": "learning rate",
-    "schedule": "schedule",
-    "warmup_steps": "warm-up steps",
-    "weight_decay": "weight decay",
-    "width": "width",
-    "num_layers": "blocks",
-    "tokens": "tokens",
-    "dropout": "dropout",
-    "match_parameters": "parameters matched to",
-    "best_fraction": "share of the data (best episodes)",
-    "held_out": "share of episodes held out",
-    "refresh_every": "acting: 0 recurrent, 1 windowed",
-    "eval_every": "steps between evaluations",
-    "eval_episodes": "episodes each, for each target",
-    "precision": "precision",
-    "device": "device",
-}
+FORMAT = 2
 
 
 def summarise(
@@ -60,6 +35,7 @@ def summarise(
         "ablations": ablations(methods, tasks, cells),
         "protocol": describe_protocol(runs, methods, tasks),
         "runs": [_describe_run(run, tasks) for run in runs],
+        "unfinished": len(left_out),
         "left_out": left_out + repeated,
     }
     return json.loads(json.dumps(_plain(study)))
@@ -132,7 +108,7 @@ def _is_of(run: Run, task: dict[str, Any]) -> bool:
 
 
 def _cell(method: Method, runs: list[Run], unit: str) -> dict[str, Any]:
-    known = [run.seconds for run in runs if run.seconds is not None]
+    known = [run.step_seconds for run in runs if run.step_seconds is not None]
     acting = sorted(
         {e["refresh_every"] for run in runs for e in run.evaluations if method.library is None}
     )
@@ -143,7 +119,7 @@ def _cell(method: Method, runs: list[Run], unit: str) -> dict[str, Any]:
         "acting": {str(refresh): _scores(runs, "last", unit, refresh) for refresh in acting},
         "asked": _asked(runs),
         "parameters": next((run.parameters for run in runs if run.parameters), None),
-        "seconds": float(np.mean(known)) if known else None,
+        "step_seconds": float(np.mean(known)) if known else None,
         "steps": runs[0].steps,
     }
 
@@ -165,17 +141,9 @@ def _scores(
         "values": values.tolist(),
         "mean": float(values.mean()) if found else None,
         "std": float(values.std(ddof=1)) if len(found) > 1 else None,
-        "interval": student_interval(values),
+        "interval": student_interval([values]),
         "episodes": sorted({evaluation["episodes"] for _, evaluation in found}),
     }
-
-
-def student_interval(values: np.ndarray) -> tuple[float, float] | None:
-    """Return the 95 % confidence interval of the mean (Student's t); None for a single value."""
-    if len(values) < 2:
-        return None
-    half = student_t_quantile(0.95, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
 
 
 def _asked(runs: list[Run]) -> list[dict[str, Any]]:
@@ -194,69 +162,6 @@ def _asked(runs: list[Run]) -> list[dict[str, Any]]:
         }
         for target, items in got.items()
     ]
-
-
-def describe_protocol(
-    runs: list[Run], methods: list[Method], tasks: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return what the runs' own configurations say they had in common, and where they differ."""
-    ours = [run for run in runs if run.library is None]
-    return {
-        "settings": _compare_settings(ours, methods),
-        "seeds": sorted({run.seed for run in runs}),
-        "selection_seed": SELECTION_SEED,
-        "final_seed": FINAL_SEED,
-        "episodes": sorted({e["episodes"] for run in runs for e in run.evaluations}),
-        "unexpected_seeds": _unexpected_seeds(ours),
-        "score_notes": list(dict.fromkeys(task["score_note"] for task in tasks)),
-        "versions": _versions(ours),
-        "machines": sorted({run.machine for run in ours if run.machine}),
-        "peers": {
-            run.method: {"library": run.library, "steps": run.steps, "note": run.note}
-            for run in runs
-            if run.library is not None
-        },
-    }
-
-
-def _compare_settings(runs: list[Run], methods: list[Method]) -> dict[str, dict[str, list[str]]]:
-    """Return by setting and value the methods that have it.
-
-    What only an ablation changes is said where its worth is, not here.
-    """
-    usual = {method.name for method in methods if not method.changes}
-    others = dict.fromkeys(name for run in runs for name in run.settings)
-    settings = {}
-    for name in (*PROTOCOL, *(n for n in others if n not in (*PROTOCOL, *NOT_THE_METHOD))):
-        values: dict[str, set[str]] = {}
-        for run in runs:
-            if name in run.settings and run.method in usual:
-                values.setdefault(_shown(run.settings[name]), set()).add(run.method)
-        if name in PROTOCOL or len(values) > 1:
-            title = PROTOCOL.get(name, name.replace("_", " "))
-            settings[title] = {value: sorted(names) for value, names in values.items()}
-    return settings
-
-
-def _shown(value: Any) -> str:
-    return f"{value:,g}" if isinstance(value, (int, float)) and value >= 1000 else f"{value}"
-
-
-def _unexpected_seeds(runs: list[Run]) -> list[str]:
-    """Name the runs whose final episodes are not those that the protocol says."""
-    return [
-        run.folder
-        for run in runs
-        if any(e["seed"] != FINAL_SEED + run.seed for e in run.evaluations)
-    ]
-
-
-def _versions(runs: list[Run]) -> dict[str, list[str]]:
-    found: dict[str, set[str]] = {}
-    for run in runs:
-        for name, version in run.versions.items():
-            found.setdefault(name, set()).add(version)
-    return {name: sorted(versions) for name, versions in found.items()}
 
 
 def _describe_run(run: Run, tasks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -38,9 +38,11 @@ def run_writer(root):
         run = RunFolder.create(config)
         rows = [{"step": step, "time/steps_per_s": 2.0} for step in range(1, config.steps + 1)]
         for step in range(2, config.steps + 1, 2):
-            found = evaluate(robot, 3600.0, score(step), 10_000 + config.seed)
-            rows.append({"step": step, "eval/3600/return_mean": found.return_mean})
-            rows[-1]["eval/3600/normalized_score_mean"] = score(step)
+            for target in config.targets:
+                reached = score(step) * target / 3600.0
+                found = evaluate(robot, target, reached, 10_000 + config.seed)
+                rows.append({"step": step, f"eval/{target:g}/return_mean": found.return_mean})
+                rows[-1][f"eval/{target:g}/normalized_score_mean"] = reached
         run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         best = max(range(2, config.steps + 1, 2), key=lambda step: (score(step), step))
         lines = [

@@ -4,12 +4,22 @@ import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import matplotlib as mpl
 import pytest
 
+from minrl.agents.decision_agent import DecisionAgent
+from minrl.agents.native_step import native_step
+from minrl.agents.step_policy import StepPolicy
 from minrl.errors import ConfigError
 from minrl.scripts.evaluate import evaluate_run
 from minrl.scripts.report import make_report, read_report, report, write_report
-from minrl.scripts.reports.cells import MISSING
+from minrl.scripts.reports.cells import MISSING, mark_best
+from minrl.scripts.reports.content import PICTURES, lead_of
+from minrl.scripts.reports.drawing import RC
+from minrl.scripts.reports.figures import draw_costs
+from minrl.scripts.reports.markdown import make_markdown
+from minrl.scripts.reports.palette import styles_of
+from minrl.scripts.reports.panels import mean_curve
 from minrl.scripts.reports.score_tables import overview, score_table
 from minrl.scripts.train import train
 from minrl.scripts.train_config import quick
@@ -57,11 +67,13 @@ def test_one_real_run_makes_a_report(trained, tmp_path):
     study = json.loads((tmp_path / "report.json").read_text())
     (run,) = study["runs"]
     assert run["parameters"] > 10_000
-    assert run["seconds"] > 0
+    assert run["step_seconds"] > 0
     assert study["tasks"][0]["score_note"].startswith("embedded minrl data")
     acting = {row["acting"]: row["median"] for row in study["latency"]["rows"]}
-    assert set(acting) == {"recurrent", "windowed"}
+    assert set(acting) == {"recurrent", "windowed", "recurrent, eager"}
     assert 0 < acting["recurrent"] < 1
+    if native_step(StepPolicy(DecisionAgent.load(trained).model)):
+        assert acting["recurrent"] < acting["recurrent, eager"]
     page = (tmp_path / "report.html").read_text()
     assert "One seed, which has no spread" in page
     assert 'class="bold' not in page
@@ -88,8 +100,19 @@ def test_methods_of_one_seed_are_reported_without_intervals(writers, tmp_path):
     write_run("gru-s0", backbone="gru")
     report((tmp_path,), output=tmp_path, latency=False)
     page = (tmp_path / "report.html").read_text()
-    assert "no interval" in page
+    assert "one seed per task" in page
+    assert page.count("no interval") == 1
+    assert "Comparing methods" not in page
+    assert "Performance profiles" not in page
     assert 'class="bold' not in page
+
+
+def test_what_is_not_finished_is_said_at_the_top(writers, tmp_path):
+    write_run, _ = writers(tmp_path)
+    write_run("mingru-s0")
+    (write_run("mingru-s1", seed=1) / "evaluations.jsonl").unlink()
+    study = make_report((tmp_path,), latency=False)
+    assert lead_of(study).endswith("1 run. 1 of 2 runs are finished")
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +180,25 @@ def test_both_pages_have_all_figures_of_the_tables(study, pages):
                 assert cell.text in markdown
 
 
+def test_markdown_sets_words_left_and_figures_right(study, pages):
+    assert "\n| method | IQM, last (1 task) | IQM, best" in (pages / "report.md").read_text()
+    lost = study | {"left_out": [{"folder": "a", "reason": "lost"}], "unfinished": 1}
+    text = make_markdown(lost, {"aggregates": ""}, {"aggregates": "drawn.svg"})
+    assert "\n| folder | reason |\n|---|---|\n" in text
+    assert (
+        "\n| task | mingru | gru | d3rlpy IQL\N{NO-BREAK SPACE}† |\n|---|---:|---:|---:|\n" in text
+    )
+    assert text.count(PICTURES["aggregates"][1]) == 1
+
+
 def test_missing_runs_and_other_peoples_code_are_shown_as_such(study):
     table = score_table(study, "last")
-    assert [cell.text for cell in table.heads] == ["task", "mingru", "gru", "d3rlpy IQL †"]
+    assert [cell.text for cell in table.heads] == [
+        "task",
+        "mingru",
+        "gru",
+        "d3rlpy IQL\N{NO-BREAK SPACE}†",
+    ]
     by_task = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert by_task["hopper medium"] == ["53.0", "30.0", "41.0"]
     assert by_task["walker2d medium"] == ["20.0", MISSING, MISSING]
@@ -171,8 +210,15 @@ def test_only_what_the_best_may_be_by_chance_is_bold(study):
     rows = {row[0].text: row[1:] for row in score_table(study, "last").rows}
     # 53 ± 6.1 over three seeds: from 37.9 to 68.1, where 41 is and 30 is not.
     assert [cell.bold for cell in rows["hopper medium"]] == [True, False, True]
-    assert [cell.top for cell in rows["hopper medium"]] == [True, False, False]
+    assert not any(cell.top for cell in rows["hopper medium"])  # another is as good
     assert not any(cell.bold for cell in rows["walker2d medium"])  # one seed
+
+
+def test_what_is_clearly_best_is_highlighted_and_what_tells_nothing_apart_is_not():
+    best = {"a": (50.0, (45.0, 55.0)), "b": (40.0, None)}
+    assert mark_best(best) == {"a": {"bold": True, "top": True}}
+    assert mark_best(best | {"b": (46.0, None)}) == {}
+    assert mark_best({"a": (50.0, None), "b": (40.0, None)}) == {}
 
 
 def test_published_numbers_come_last_and_apart(pages):
@@ -188,7 +234,43 @@ def test_the_protocol_names_every_setting_in_which_methods_differ(write_run, tmp
     write_run("mamba-s0", backbone="mamba")
     write_run("mingru-s0")
     write_run("mingru,convolution=4-s0", model={"convolution": 4})
+    of_the_task = {"targets": (5000.0, 2500.0), "model": {"return_scale": 500.0}}
+    write_run("mingru-s0", dataset="minrl/walker2d/medium-v0", **of_the_task)
     settings = make_report((tmp_path,), latency=False)["protocol"]["settings"]
     assert settings["expansion"] == {"1": ["mingru"], "2": ["mamba"]}
     assert settings["width"] == {"64": ["mamba", "mingru"]}
-    assert not {"convolution", "mlp ratio", "backbone", "seed"} & set(settings)
+    assert settings["acting"] == {"recurrent": ["mamba", "mingru"]}
+    unsaid = {"convolution", "mlp ratio", "backbone", "seed", "device", "parameters matched to"}
+    unsaid |= {"targets", "return scale"}
+    assert not unsaid & set(settings)
+
+
+def test_what_scores_cost_is_drawn_with_the_names_of_the_methods(study):
+    costly = json.loads(json.dumps(study))
+    for cell in costly["cells"]:
+        cell["parameters"] = 200_000 + len(cell["method"])
+    rows = [
+        {"method": name, "median": 1e-4, "as_trained": name != "eager"}
+        for name in ("mingru", "gru", "eager")
+    ]
+    costly["latency"] = {"rows": rows}
+    styles = styles_of(study["methods"])
+    with mpl.rc_context(RC):
+        drawn = draw_costs(costly, styles)
+    assert drawn.count(">mingru<") == drawn.count(">gru<") == 2
+    assert ">eager<" not in drawn
+    assert draw_costs(study, styles) is None  # nothing is known of ours
+
+
+def test_curves_are_drawn_where_runs_have_steps_in_common():
+    def run(steps, seconds):
+        curve = {"3600": {"steps": steps, "return": steps, "score": [0.5 * x for x in steps]}}
+        return {"targets": [3600.0], "curve": curve, "step_seconds": seconds}
+
+    runs = [run([2, 4, 6], 0.1), run([4, 6], 0.3)]
+    x, mean, low, high = mean_curve(runs, "score", "seconds")
+    assert x == pytest.approx([4 * 0.2, 6 * 0.2])
+    for values in (mean, low, high):
+        assert values == pytest.approx([2.0, 3.0])
+    assert mean_curve([run([2], None)], "score", "seconds") is None
+    assert mean_curve([run([2], 0.1), run([4], 0.1)], "score", "steps") is None

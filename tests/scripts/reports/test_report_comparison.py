@@ -3,7 +3,8 @@ import pytest
 
 from minrl.scripts.reports.collect import find_runs
 from minrl.scripts.reports.methods import name_methods
-from minrl.scripts.reports.summary import student_interval, summarise
+from minrl.scripts.reports.score_tables import overview
+from minrl.scripts.reports.summary import summarise
 
 HOPPER, WALKER = "minrl/hopper/medium-v0", "minrl/walker2d/medium-v0"
 
@@ -42,20 +43,24 @@ def test_cells_hold_mean_deviation_and_interval_over_seeds(rivals, tmp_path):
     # Student's t of one degree of freedom leaves 2.5 % above 12.7062.
     half = 12.7062 * np.std([50.0, 60.0], ddof=1) / np.sqrt(2)
     assert cell["last"]["interval"] == pytest.approx([55.0 - half, 55.0 + half], rel=1e-4)
-    assert student_interval(np.array([3.0])) is None
 
 
-def test_aggregates_are_over_the_tasks_and_runs_there_are(rivals, tmp_path):
-    (comparison,) = study_of(tmp_path)["comparisons"]
+def test_aggregates_are_over_the_tasks_and_as_many_seeds_of_each(rivals, tmp_path):
+    study = study_of(tmp_path)
+    (comparison,) = study["comparisons"]
     assert comparison["tasks"] == [0, 1]
     assert comparison["last"]["mingru"]["mean"] == pytest.approx((55.0 + 35.0) / 2)
-    assert comparison["last"]["gru"]["mean"] == pytest.approx((50.0 + 20.0) / 2)
+    # The GRU has one seed on one task: its second on the other does not count.
+    assert comparison["last"]["gru"]["mean"] == pytest.approx((55.0 + 20.0) / 2)
+    assert comparison["last"]["gru"]["iqm"] == pytest.approx((55.0 + 20.0) / 2)
     assert comparison["last"]["mingru"]["iqm"] == pytest.approx((40.0 + 50.0) / 2)
     assert comparison["last"]["mingru"]["iqm_interval"] is not None
-    assert comparison["last"]["gru"]["iqm_interval"] is None  # one seed on one task
+    assert comparison["last"]["gru"]["iqm_interval"] is None
     (row,) = comparison["improvement"]
-    pairs = [50 > 55, 50 > 45, 60 > 55, 60 > 45], [30 > 20, 40 > 20]
+    pairs = [50 > 55, 60 > 55], [30 > 20, 40 > 20]
     assert row["probability"] == pytest.approx(np.mean([np.mean(pair) for pair in pairs]))
+    notes = overview(study | {"latency": None}).notes
+    assert [note for note in notes if "of gru only the first 1 seed of each task" in note]
 
 
 def test_methods_are_compared_over_the_tasks_that_all_have(rivals, write_run, tmp_path):
@@ -107,7 +112,8 @@ def test_other_ways_to_act_are_ablations_and_not_scores(write_run, tmp_path):
     (row,) = study["ablations"]
     assert (row["change"], row["usual"]) == ("acting windowed", "recurrent")
     assert row["difference"] == pytest.approx(2.0)
-    assert row["interval"] == pytest.approx([1.0, 3.0])
+    # Of the differences 3 and 1, by Student's t of one degree of freedom: 12.7062 * sqrt(2 / 2).
+    assert row["interval"] == pytest.approx([2.0 - 12.7062, 2.0 + 12.7062], rel=1e-4)
 
 
 def test_the_same_seed_does_not_count_twice(write_run, tmp_path):
@@ -116,3 +122,14 @@ def test_the_same_seed_does_not_count_twice(write_run, tmp_path):
     study = study_of(tmp_path)
     assert study["cells"][0]["last"]["seeds"] == [0]
     assert "same method, task and seed" in study["left_out"][0]["reason"]
+
+
+def test_other_targets_are_compared_and_not_averaged(write_run, tmp_path):
+    for seed, score in enumerate((50.0, 60.0)):
+        write_run(f"mingru-s{seed}", constant(score), seed=seed)
+        less = (1800.0, 900.0)
+        write_run(f"mingru,targets-s{seed}", constant(score + 4), seed=seed, targets=less)
+    study = study_of(tmp_path)
+    (row,) = study["ablations"]
+    assert (row["change"], row["usual"]) == ("targets 1800 900", "3600 1800")
+    assert row["difference"] == pytest.approx((54.0 / 2 - 50.0 + 64.0 / 2 - 60.0) / 2)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from minrl.errors import ConfigError
@@ -45,14 +46,38 @@ def test_only_the_last_step_counts_and_the_largest_evaluation_of_it(write_run, t
     assert {evaluation["target"] for evaluation in run.evaluations} == {3600.0, 1800.0}
 
 
-def test_training_seconds_add_up_the_logged_speeds(write_run, tmp_path):
-    path = write_run()
-    rows = [{"step": 1, "time/steps_per_s": 0.5}, {"step": 4, "time/steps_per_s": 6.0}]
-    curve = [{"step": 2, "eval/3600/return_mean": 1.0}]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + curve))
+def write_metrics(path, *rows):
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_interval_in_which_training_stood_still_is_not_training_time(write_run, tmp_path):
+    speeds = {1: 2.0, 2: 0.001, 4: 4.0}  # by the step at the end of the interval
+    write_metrics(write_run(), *({"step": s, "time/steps_per_s": x} for s, x in speeds.items()))
     run = read(tmp_path)[0]["mingru-s0"]
-    assert run.seconds == pytest.approx(1 / 0.5 + 3 / 6.0)
-    assert run.curve["seconds"] == pytest.approx([1 / 0.5 + 1 / 6.0])
+    assert run.step_seconds == pytest.approx(np.median([1 / 2, 1 / 0.001, 1 / 4, 1 / 4]))
+
+
+def test_the_evaluation_on_the_start_states_of_the_protocol_counts(write_run, tmp_path):
+    path = write_run(seed=3)
+    rows = [json.loads(row) for row in (path / "evaluations.jsonl").read_text().splitlines()]
+    other = rows[0] | {"seed": 20_000, "episodes": 50, "return_mean": 1.0}
+    with (path / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(other) + "\n")
+    found = headline(read(tmp_path)[0]["mingru-s0"], "last")
+    assert (found["seed"], found["episodes"], found["return_mean"]) == (
+        *(20_003, 3),
+        rows[0]["return_mean"],
+    )
+
+
+def test_a_step_at_which_a_target_could_not_be_scored_is_not_the_best(write_run, tmp_path):
+    path = write_run(also=[("best", 2, 3600.0, 90.0)])
+    first, second = "eval/3600/return_mean", "eval/1800/return_mean"
+    write_metrics(path, {"step": 2, first: 3000.0}, {"step": 4, first: 900.0, second: 800.0})
+    run = read(tmp_path)[0]["mingru-s0"]
+    assert run.curve["3600"]["steps"] == [2, 4]
+    assert run.curve["1800"] == {"steps": [4], "return": [800.0], "score": [None]}
+    assert headline(run, "best")["step"] == 4
 
 
 def test_what_is_not_a_finished_run_is_left_out_and_named(write_run, tmp_path):
@@ -135,3 +160,37 @@ def test_one_variant_against_one_usual_run_is_decided_by_the_preset(write_run, t
     write_run("a-s0", context=3)
     write_run("b-s0")
     assert names(tmp_path)[0] == {"a-s0": "mingru, context=3", "b-s0": "mingru"}
+
+
+OTHER = "minrl/walker2d/medium-v0"
+
+
+@pytest.mark.parametrize("usual", [20, 30], ids=["preset", "set"])
+@pytest.mark.parametrize("usual_there", [1, 0], ids=["some failed", "all failed"])
+def test_no_failed_run_makes_a_variant_the_usual(write_run, tmp_path, usual, usual_there):
+    for dataset, seeds in (("minrl/hopper/medium-v0", (2, 2)), (OTHER, (usual_there, 3))):
+        for name, context, count in zip(("", ",context=100"), (usual, 100), seeds, strict=True):
+            for seed in range(count):  # in folders as of `minrl study --vary context=100`
+                write_run(f"mingru{name}-s{seed}", dataset=dataset, context=context, seed=seed)
+    runs, _ = find_runs([tmp_path])
+    name_methods(runs)
+    for run in runs:
+        expected = "mingru, context=100" if run.settings["context"] == 100 else "mingru"
+        assert run.method == expected, run.folder
+
+
+def test_what_all_runs_of_a_task_have_is_usual_there(write_run, tmp_path):
+    write_run("mingru-s0", context=30)
+    write_run("mingru-s0", dataset=OTHER, context=40)
+    assert names(tmp_path)[1] == ["mingru"]
+
+
+def test_other_targets_are_another_method(write_run, tmp_path):
+    write_run("a-s0")
+    write_run("b-s0", targets=(1800.0, 900.0))
+    write_run("c-s0", model={"return_scale": 500.0})
+    assert set(names(tmp_path)[1]) == {
+        "mingru",
+        "mingru, targets=1800 900",
+        "mingru, return_scale=500",
+    }

@@ -1,4 +1,6 @@
 import itertools
+import math
+import statistics
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from minrl.scripts.reports.statistics import (
     mean_over_tasks,
     performance_profile,
     probability_of_improvement,
+    student_interval,
 )
 
 # By task, runs; multiples of 1/8 are summed without rounding, whatever the order.
@@ -69,6 +72,57 @@ def test_the_same_runs_give_the_same_interval():
     assert bootstrap_interval(mean_over_tasks, scores) == bootstrap_interval(
         mean_over_tasks, scores
     )
+
+
+def student_density(t, degrees):
+    gamma = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    return (
+        math.exp(gamma)
+        / math.sqrt(degrees * math.pi)
+        * (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
+    )
+
+
+@pytest.mark.parametrize("runs", [(3,), (3, 3, 3), (5, 2, 4)])
+def test_the_interval_of_a_mean_over_tasks_is_welchs(runs):
+    random = np.random.default_rng(0)
+    scores = [random.normal(10 * task, 1 + task, count) for task, count in enumerate(runs)]
+    squares = [statistics.variance(task.tolist()) / len(task) for task in scores]
+    terms = [square**2 / (count - 1) for square, count in zip(squares, runs, strict=True)]
+    degrees = sum(squares) ** 2 / sum(terms)
+    low, high = student_interval(scores)
+    assert (low + high) / 2 == pytest.approx(
+        sum(task.sum() / len(task) for task in scores) / len(runs)
+    )
+    # The t of its ends leaves 95 % between them.
+    end = (high - low) / 2 * len(runs) / math.sqrt(sum(squares))
+    t = np.linspace(-end, end, 20_001)
+    assert np.trapezoid(student_density(t, degrees), t) == pytest.approx(0.95, abs=1e-4)
+
+
+def test_the_interval_of_a_mean_of_equal_or_single_runs():
+    assert student_interval([np.array([2.0, 2.0]), np.array([4.0, 4.0])]) == (3.0, 3.0)
+    assert student_interval([np.array([1.0, 2.0]), np.array([3.0])]) is None
+
+
+# Other degrees of freedom in every study of three tasks: each takes some 20 ms to integrate.
+STUDIES = [
+    pytest.param(1, 400, id="1-400"),
+    pytest.param(3, 2000, marks=pytest.mark.slow, id="3-2000"),
+]
+
+
+@pytest.mark.parametrize(("tasks", "studies"), STUDIES)
+def test_one_in_twenty_differences_of_nothing_looks_like_something(tasks, studies):
+    random = np.random.default_rng(0)
+    found = 0
+    for _ in range(studies):
+        low, high = student_interval(list(random.normal(size=(tasks, 3))))
+        found += low > 0 or high < 0
+    # Welch's degrees of freedom are estimated, so that with several tasks it is rather less.
+    least = 0.05 if tasks == 1 else 0.03
+    noise = 3 * math.sqrt(0.05 * 0.95 / studies)
+    assert least - noise < found / studies < 0.05 + noise
 
 
 # Against rliable: point estimates are equal; intervals, which are drawn, agree to a percent point.
