@@ -25,20 +25,27 @@ def iterate_arrow(
     """Yield the arrays of every episode, in order; columns of other types are left out.
 
     Only columns of numbers, alone or a fixed number in a row, are read, so that rows and types say
-    beforehand what they take in memory. The padding that Minari gives all but the observations is
-    cut off.
+    beforehand what they take in memory. pyarrow believes what a file says of its columns' lengths
+    until it is asked to look. The padding that Minari gives all but the observations is cut off.
 
     Raises:
-        DatasetError: the files declare far more than they can hold.
+        DatasetError: the files declare far more than they can hold, or more episodes than the
+            metadata.
         Exception: they are damaged, of many kinds.
     """
     import pyarrow.dataset
 
+    _check_count(metadata, data)
     allowed, declared = bytes_allowed(size_on_disk), 0
     for index in range(metadata.num_episodes):
         files = pyarrow.dataset.dataset(
             data / str(index), format=metadata.data_format, ignore_prefixes=_NO_DATA
         )
+        if any(fragment.physical_schema != files.schema for fragment in files.get_fragments()):
+            raise DatasetError(  # pyarrow would convert columns before they can be validated
+                f"dataset {metadata.dataset_id}: the files of episode {index} have columns of "
+                "different types, which minrl refuses"
+            )
         widths = {
             field.name: width
             for field in files.schema
@@ -51,10 +58,21 @@ def iterate_arrow(
                 f"where the size of the files allows {allowed}, which minrl refuses"
             )
         table = files.to_table(columns=list(widths))
+        table.validate(full=True)
         arrays = {name: _to_numpy(table[name].combine_chunks()) for name in widths}
         yield {
             name: array if name == "observations" else array[:-1] for name, array in arrays.items()
         }
+
+
+def _check_count(metadata: Metadata, data: Path) -> None:
+    """Refuse episodes that the metadata does not count."""
+    found = sum(path.is_dir() and path.name[0] not in "_." for path in data.iterdir())
+    if found != metadata.num_episodes:
+        raise DatasetError(
+            f"dataset {metadata.dataset_id}: rule total_episodes: the metadata says "
+            f"{metadata.num_episodes} episodes, {data} has {found}"
+        )
 
 
 def _width(kind: pyarrow.DataType) -> int:

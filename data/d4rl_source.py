@@ -125,7 +125,7 @@ def _read(path: Path, task: _Task) -> Columns:
             )
     except DatasetError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of many kinds, depending on where the reader stumbles
         raise DatasetError(f"{path} cannot be read as an HDF5 file: {error}") from error
 
 

@@ -94,6 +94,19 @@ def dataset_folder(dataset_id: str) -> Path:
     return folder
 
 
+def refuse_links_out(dataset_id: str, path: Path, folder: Path) -> None:
+    """Do nothing, unless a link on the way to a file leads out of a folder.
+
+    Raises:
+        DatasetError: one does.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DatasetError(
+            f"dataset {dataset_id}: {path} is a link out of the dataset's folder, which minrl "
+            "refuses; put the file itself there"
+        )
+
+
 def near_matches(dataset_id: str, known: Iterable[str]) -> list[str]:
     """Return up to three ids that look like this one, the likeliest first."""
     return difflib.get_close_matches(dataset_id, sorted(set(known)), n=3, cutoff=0.6)

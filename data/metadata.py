@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from minrl.data.dataset_ids import refuse_links_out
 from minrl.data.episodes import DatasetInfo
-from minrl.data.validate import ActionBounds
+from minrl.data.validate import LARGEST_ACTION, ActionBounds
 from minrl.errors import DatasetError
 
 _SUPPORTED = "minrl supports one-dimensional Box observations with Box actions"
@@ -52,7 +54,11 @@ def _read_format(raw: Mapping[str, Any]) -> str:
 def _read_space(
     dataset_id: str, raw: Mapping[str, Any], role: str
 ) -> tuple[tuple[int, ...], ActionBounds]:
-    """Return shape and bounds of a space, which must be a one-dimensional Box."""
+    """Return shape and bounds of a space, which must be a one-dimensional Box.
+
+    A bound beyond 1e30 counts as none: writers put float32's largest number there, and the distance
+    between two of those is infinite.
+    """
     name = f"{role}_space"
     if name not in raw:
         raise DatasetError(
@@ -67,24 +73,48 @@ def _read_space(
     low, high = (np.array(space[end], np.float64) for end in ("low", "high"))
     if shape[0] < 1 or low.shape != shape or high.shape != shape:
         raise ValueError(f"{name} has shape {shape} but bounds of {low.shape} and {high.shape}")
+    if not (low <= high).all():  # nor is it if one is NaN
+        raise ValueError(f"{name} has a lower bound that is not below its upper bound")
+    low = np.where(low < -LARGEST_ACTION, -np.inf, low)
+    high = np.where(high > LARGEST_ACTION, np.inf, high)
     return shape, ActionBounds(low, high)
 
 
+def _read_scores(raw: Mapping[str, Any]) -> tuple[float, float] | tuple[None, None]:
+    """Return the returns for 0 and 100 percent, which must differ; None where one is missing."""
+    scores = raw.get("ref_min_score"), raw.get("ref_max_score")
+    if None in scores:
+        return None, None
+    low, high = map(float, scores)
+    if low == high or not math.isfinite(high - low):
+        raise ValueError(
+            f"ref_min_score {low:g} and ref_max_score {high:g} must be finite and not the same"
+        )
+    return low, high
+
+
 def read_metadata(dataset_id: str, folder: Path) -> Metadata:
-    """Read metadata.json without Minari, whose reader builds environments named in it."""
+    """Read metadata.json without Minari, whose reader builds environments named in it.
+
+    Raises:
+        DatasetError: it is a link out of the dataset's folder, or not usable; the message names
+            the field.
+    """
     path = folder / "data" / "metadata.json"
+    refuse_links_out(dataset_id, path, folder)
     try:
-        if path.stat().st_size > _LARGEST:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
             raise DatasetError(
                 f"dataset {dataset_id}: {path} is larger than any metadata should be"
             )
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(content)
         observation_shape, _ = _read_space(dataset_id, raw, "observation")
         _, bounds = _read_space(dataset_id, raw, "action")
         environment = json.loads(raw.get("env_spec") or "{}")
         limit = environment.get("max_episode_steps")
-        scores = [raw.get("ref_min_score"), raw.get("ref_max_score")]
-        reference = [float(s) for s in scores] if None not in scores else [None, None]
+        reference_min, reference_max = _read_scores(raw)
         return Metadata(
             dataset_id=dataset_id,
             data_format=_read_format(raw),
@@ -94,8 +124,8 @@ def read_metadata(dataset_id: str, folder: Path) -> Metadata:
             bounds=bounds,
             environment_id=str(environment["id"]) if "id" in environment else None,
             max_episode_steps=int(limit) if limit is not None else None,
-            reference_min=reference[0],
-            reference_max=reference[1],
+            reference_min=reference_min,
+            reference_max=reference_max,
             is_d4rl=str(raw.get("description", "")).startswith("D4RL"),
         )
     except DatasetError:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minrl.data.dataset_ids import EMBEDDED_IDS, check_id, dataset_folder, datasets_root
+from minrl.data.dataset_ids import (
+    EMBEDDED_IDS,
+    check_id,
+    dataset_folder,
+    datasets_root,
+    refuse_links_out,
+)
 from minrl.data.download import download_dataset, unknown_dataset
 from minrl.data.episodes import Episodes, concatenate
 from minrl.data.flat_cache import digest_files, read_cache, write_cache
@@ -39,7 +45,8 @@ def load_dataset(
 
     Embedded ids (`minrl/...`) are made on first use, other ids are downloaded when they are not on
     this machine. The first load validates every episode and leaves the flat arrays beside the
-    dataset; later loads read those as long as the dataset's files have the same content.
+    dataset; later loads of the same user read those as long as the dataset's files have the same
+    content.
 
     Args:
         dataset: a Minari id, or several, in a sequence or joined with "+".
@@ -123,13 +130,9 @@ def _load_one(
 def _list_files(dataset_id: str, data: Path) -> list[Path]:
     """Return the dataset's files in a fixed order, refusing links to what is not in its folder."""
     entries = sorted(data.rglob("*"))
-    home = data.resolve()
     for path in entries:
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
-            raise DatasetError(
-                f"dataset {dataset_id}: {path} is a link out of the dataset's folder, which minrl "
-                "refuses; put the file itself there"
-            )
+        if path.is_symlink():
+            refuse_links_out(dataset_id, path, data)
     return [path for path in entries if path.is_file()]
 
 

@@ -21,6 +21,9 @@ OnBadEpisode = Literal["raise", "drop"]
 EPISODE_ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 """What an episode is made of."""
 
+LARGEST_ACTION = 1e30
+"""Bounds beyond it count as none, and actions as bad: the distance of two is soon no float32."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _BOUND_TOLERANCE = 1e-6  # relative to the bound where that is above 1; float32 rounds there
 
@@ -65,8 +68,9 @@ def find_violation(
     """Return the first rule that this episode breaks, None if it is sound.
 
     Rules: `arrays` (all five are there), `dtype` (numbers), `empty`, `shape`, `lengths` (T actions,
-    rewards and flags, T+1 observations), `finite` (as float32), `bounds` (actions in their Box),
-    `flags` (an end only at the last step), `end` (only the file's last episode may be unfinished).
+    rewards and flags, T+1 observations), `finite` (as float32), `bounds` (actions in their Box, and
+    none beyond 1e30), `flags` (an end only at the last step), `end` (only the file's last episode
+    may be unfinished).
     Terminated and truncated together is sound: Gymnasium gives both when an episode ends by itself
     on the last step of its time limit.
 
@@ -136,13 +140,14 @@ def _check_finite(episode: Mapping[str, np.ndarray], index: int) -> Violation | 
 
 
 def _check_bounds(actions: np.ndarray, index: int, bounds: ActionBounds) -> Violation | None:
-    low = bounds.low - _BOUND_TOLERANCE * np.maximum(1, np.abs(bounds.low))
-    high = bounds.high + _BOUND_TOLERANCE * np.maximum(1, np.abs(bounds.high))
-    outside = (actions < low) | (actions > high)
+    low = np.maximum(bounds.low, -LARGEST_ACTION)
+    high = np.minimum(bounds.high, LARGEST_ACTION)
+    outside = actions < low - _BOUND_TOLERANCE * np.maximum(1, np.abs(low))
+    outside |= actions > high + _BOUND_TOLERANCE * np.maximum(1, np.abs(high))
     if not outside.any():
         return None
     step, column = np.argwhere(outside)[0].tolist()
-    box = f"[{bounds.low[column]:g}, {bounds.high[column]:g}]"
+    box = f"[{low[column]:g}, {high[column]:g}]"
     detail = f"actions [{column}] = {actions[step, column]:g}, outside {box}"
     return Violation("bounds", index, step, detail)
 

@@ -60,7 +60,7 @@ def _prepare_first_load(folder: Path) -> Prepared:
     """Without the flat arrays that the load before left behind."""
 
     def forget() -> None:
-        for cache in folder.rglob("minrl_flat.npz"):
+        for cache in folder.rglob("minrl_flat.cache"):
             cache.unlink()
 
     return Prepared(_load, before=forget)

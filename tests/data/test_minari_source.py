@@ -127,6 +127,19 @@ def test_info_says_what_the_data_is(root, make_episodes, write):
     assert len(info.sha256) == 64
 
 
+@pytest.mark.parametrize("bound", [np.inf, 3.4e38, 1.1e30])
+def test_bounds_that_no_action_comes_near_count_as_none(root, make_episodes, write, bound):
+    box = spaces.Box(np.array([-bound, -1e30, -1]), np.array([bound, 1e30, 1]), dtype=np.float64)
+    originals = make_episodes([5, 4])
+    write(NAME, originals, action_space=box)
+    info = load_dataset(NAME).info
+    seen = np.concatenate([one.actions for one in originals])[:, 0]
+    assert info.action_low == pytest.approx((seen.min(), -1e30, -1))
+    assert info.action_high == pytest.approx((seen.max(), 1e30, 1))
+    with np.errstate(all="raise"):
+        assert np.isfinite(np.subtract(info.action_high, info.action_low, dtype=np.float32)).all()
+
+
 def test_union_by_several_ids_or_a_plus(root, make_episodes, write):
     first, second = make_episodes([3, 4], 0), make_episodes([5], 1)
     write("test/a-v0", first)
@@ -164,9 +177,9 @@ def test_changed_content_is_noticed_whatever_the_time_stamps(root, make_episodes
 def test_folder_that_cannot_be_written_is_no_failure(root, make_episodes, write, monkeypatch):
     originals = make_episodes([3, 4])
     write(NAME, originals)
-    (root / NAME / "minrl_flat.npz").mkdir()  # cannot be replaced by a file, not even by root
+    (root / NAME / "minrl_flat.cache").mkdir()  # cannot be replaced by a file, not even by root
     assert_equal_to(load_dataset(NAME), originals)
-    assert sorted(path.name for path in (root / NAME).iterdir()) == ["data", "minrl_flat.npz"]
+    assert sorted(path.name for path in (root / NAME).iterdir()) == ["data", "minrl_flat.cache"]
 
 
 def test_bad_episode_is_named_or_dropped_with_its_count(root, make_episodes, write):

@@ -59,6 +59,7 @@ BAD = {
     "reward beyond float32": (put("rewards", 0, 1e300), "finite", 0),
     "action above its bound": (put("actions", (2, 0), 1e9), "bounds", 2),
     "action below its bound": (put("actions", (0, 0), -1.1), "bounds", 0),
+    "unbounded action beyond 1e30": (put("actions", (1, 1), -2e30), "bounds", 1),
     "last observation missing": (
         replace(observations=np.zeros((3, 3))),
         "lengths",
@@ -105,7 +106,7 @@ SOUND = {
     "largest reward": put("rewards", 1, np.finfo(np.float32).max),
     "action at its bound": put("actions", (1, 0), 1.0),
     "action a rounding beyond its bound": put("actions", (1, 0), 1.0000001),
-    "huge unbounded action": put("actions", (1, 1), 1e9),
+    "huge unbounded action": put("actions", (1, 1), 1e30),
     "whole numbers": replace(observations=np.zeros((4, 3), int), terminations=[0, 0, 1]),
 }
 

@@ -1,6 +1,7 @@
 """Arrow and Parquet datasets that declare more than they hold, or hold something else."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow
@@ -91,6 +92,49 @@ def test_many_rows_in_a_small_file_are_refused_before_they_are_read(write):
     is_packed = size < 2 * rows  # Arrow's own format is as large as it says
     expected = "episodes 0 to 0 declare 83200000 bytes, where the" if is_packed else "rule arrays"
     with pytest.raises(DatasetError, match=expected):
+        load_dataset(NAME)
+
+
+def replace_numbers(path, old, new):
+    """Change every aligned number of 8 bytes in a file that is `old`."""
+    content = path.read_bytes()
+    words = np.frombuffer(content[: len(content) // 8 * 8], "<i8").copy()
+    assert (words == old).any()
+    words[words == old] = new
+    path.write_bytes(words.tobytes() + content[len(words) * 8 :])
+
+
+@pytest.mark.parametrize("write", ["arrow"], indirect=True)
+@pytest.mark.parametrize("name", ["terminations", "with nulls", "rewards", "actions"])
+def test_columns_that_are_shorter_than_their_rows_are_refused(write, name):
+    column = columns().get(name, pyarrow.array([True, None] * 4 + [False]))
+    folder = write(
+        **dict.fromkeys(columns(), None) | {name.replace("with nulls", "terminations"): column}
+    )
+    replace_numbers(next(folder.iterdir()), ROWS + 1, 20_000)
+    with pytest.raises(DatasetError, match=r"data in .* cannot be read .(ArrowInvalid|OSError)"):
+        load_dataset(NAME)
+
+
+def test_files_with_other_types_in_one_episode_are_refused(write):
+    folder = write()
+    path = next(folder.iterdir())
+    shutil.move(path, folder.parent / path.name)
+    write(terminations=pyarrow.array(np.zeros(ROWS + 1)))
+    shutil.move(folder.parent / path.name, folder / f"part-1{path.suffix}")
+    with pytest.raises(
+        DatasetError, match="the files of episode 0 have columns of different types"
+    ):
+        load_dataset(NAME)
+
+
+def test_more_episodes_than_the_metadata_counts_are_refused(write):
+    folder = write()
+    shutil.copytree(folder, folder.parent / "_ours")
+    shutil.copytree(folder, folder.parent / ".hidden")
+    assert load_dataset(NAME).num_episodes == 1
+    shutil.copytree(folder, folder.parent / "1")
+    with pytest.raises(DatasetError, match=r"rule total_episodes: the metadata says 1 .* has 2"):
         load_dataset(NAME)
 
 

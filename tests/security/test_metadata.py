@@ -45,6 +45,25 @@ def pipe(path):
     os.mkfifo(path)
 
 
+def link_out(path):
+    """A link to metadata that is nobody's business, and would do."""
+    outside = path.parents[4] / "outside.json"
+    outside.write_text(json.dumps(metadata() | {"env_spec": json.dumps({"id": "Secret-v0"})}))
+    path.unlink()
+    path.symlink_to(outside)
+
+
+def link_to_endless_text(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def folder_link_out(path):
+    data, outside = path.parent, path.parents[4] / "outside"
+    data.rename(outside)
+    data.symlink_to(outside)
+
+
 def space(**changes):
     return json.dumps(json.loads(box(-1, 1, 3)) | changes)
 
@@ -81,6 +100,30 @@ REFUSED = {
         changed(action_space='{"type":"Box","shape":[3],"low":' + "[" * 100_000),
         "RecursionError|not usable",
     ),
+    "bounds that are no numbers": (
+        changed(action_space=space(low=[float("nan")] * 3)),
+        "action_space has a lower bound that is not below its upper bound",
+    ),
+    "bounds the wrong way": (
+        changed(action_space=space(low=[2.0] * 3)),
+        "action_space has a lower bound that is not below its upper bound",
+    ),
+    "equal reference scores": (
+        changed(ref_min_score=0.0, ref_max_score=0.0),
+        "ref_min_score 0 and ref_max_score 0 must be finite and not the same",
+    ),
+    "infinite reference score": (
+        changed(ref_min_score=0.0, ref_max_score=float("inf")),
+        "ref_min_score 0 and ref_max_score inf must be",
+    ),
+    "reference score of nothing": (
+        changed(ref_min_score=float("nan"), ref_max_score=1.0),
+        "ref_min_score nan and",
+    ),
+    "reference score of text": (changed(ref_min_score="a", ref_max_score=1.0), "not usable"),
+    "link out": (link_out, "is a link out of the dataset's folder, which minrl refuses"),
+    "link of the folder out": (folder_link_out, "is a link out of the dataset's folder, which"),
+    "link to endless text": (link_to_endless_text, "is a link out|not on this machine"),
     "endless limit": (changed(env_spec='{"max_episode_steps": Infinity}'), "OverflowError"),
     "specification of a list": (changed(env_spec="[1]"), "not usable"),
     "specification of a number": (changed(env_spec=7), "not usable"),
@@ -138,8 +181,9 @@ for name in ids:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps([message, executed, (peak - before) << 10]), flush=True)
 executed.clear()
-list_datasets()
-print(json.dumps(["listed", executed, 0]))
+rows = list_datasets()
+secret = any(row.environment_id == "Secret-v0" for row in rows)
+print(json.dumps(["listed, with a secret" if secret else "listed", executed, 0]))
 """
 
 
