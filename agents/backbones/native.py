@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minrl.cache import cache_folder
+
 # How the arguments of a kernel are spelled: pointers to elements, and numbers.
 C_TYPES = {
     "f": ctypes.c_void_p,  # float32*
@@ -63,13 +65,6 @@ def load_kernels(module: str, *variant: str) -> dict[str, Callable] | None:
             stacklevel=2,
         )
         return None
-
-
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: MINRL_CACHE, else minrl in the user's cache."""
-    if folder := os.environ.get("MINRL_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minrl"
 
 
 def _compiled(module: str, variant: tuple[str, ...]) -> bytes:
