@@ -1,89 +1,57 @@
-"""Files that are either whole and unchanged, or refused: weights, trainer state, checkpoints.
+"""Checkpoints that are either whole and unchanged, or refused.
 
 A checkpoint of step N is three files, each written to a temporary name, synced and renamed:
 
-    step-N.safetensors   weights and normalisation, with all an agent needs in the header
-    step-N.trainer.pt    optimiser and the rest, to go on training exactly
-    step-N.json          the same header, readable, scores, and the SHA-256 of the other two
+    step-N.safetensors          weights and normalisation, with all an agent needs in the header
+    step-N.trainer.safetensors  optimiser and the rest, to go on training exactly
+    step-N.json                 the header of the first, readable, whether the step was evaluated,
+                                the score, and the SHA-256 of the other two
 
-The JSON comes last: a checkpoint without it was never finished. Loading never unpickles: weights
-are safetensors, the trainer state goes through ``torch.load(weights_only=True)``, and all bytes are
-checked first (neither format checks its own).
+The JSON comes last: a checkpoint without it was never finished. Nothing is ever pickled, and all
+bytes are checked before they are used, which safetensors itself does not do.
+
+Format 1, which no released version wrote, had a pickle in the place of the second file. It is not
+opened: the weights beside it can be evaluated and exported, training cannot go on from it.
 """
 
 import contextlib
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
 import re
-import secrets
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minrl.agents.trainer_archive import read_trainer_state
+from minrl.agents.files import (
+    LARGEST_TEXT,
+    digest_of,
+    digest_of_file,
+    read_text,
+    replace_files,
+    write_atomically,
+)
+from minrl.agents.trainer_state import put_together, take_apart
 from minrl.errors import CheckpointError
 
-FORMAT = 1
-_LARGEST_JSON = 16 << 20  # bytes
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one.
-
-    Raises:
-        CheckpointError: If the disk is full or not writable; the old file is still there.
-    """
-    replace_files({path: content})
-
-
-def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files so that a crash at any moment leaves each of them as it was, or new.
-
-    They take their names in the order given, and only when all are on the disk: if there is no room
-    for the last, the first has not changed.
-
-    Raises:
-        CheckpointError: If the disk is full or not writable; nothing is left behind.
-    """
-    staged: dict[Path, Path] = {}
-    try:
-        for path, content in contents.items():
-            staged[path] = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-            with staged[path].open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in staged.items():
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-    except BaseException as error:  # after Ctrl-C, too, nothing is left behind
-        for temporary in staged.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {path}: {error}") from error
-        raise
-
-
-def digest_of(content: bytes) -> str:
-    """Return the SHA-256 of bytes in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
+FORMAT = 2
+_TRAINER = {1: "trainer.pt", 2: "trainer.safetensors"}
 
 
 def pack_weights(tensors: Mapping[str, Tensor], header: Mapping) -> bytes:
-    """Return a .safetensors file's bytes whose header also holds ``header`` and a digest."""
-    from safetensors.torch import save
+    """Return a .safetensors file's bytes whose header also holds ``header`` and a digest.
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _refuse_not_finite(tensors)
-    sealed = {"format": FORMAT, **header, "tensors_sha256": _digest_tensors(tensors)}
-    return save(tensors, metadata={"minrl": _seal(sealed)})
+    Raises:
+        CheckpointError: If a tensor is not finite, or the header is too large to be read again.
+    """
+    tensors = _copy_finite(tensors)
+    return _pack(tensors, {**header, "tensors_sha256": _digest_tensors(tensors)})
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict]:
@@ -95,24 +63,15 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     Raises:
         CheckpointError: If the file is missing, damaged, of another kind or a newer format.
     """
-    from safetensors import safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        digest = _digest_tensors(tensors)
-    except Exception as error:  # of many kinds, depending on where the reader stumbles
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if "minrl" not in metadata:
-        raise CheckpointError(f"{path} holds no minrl agent, or its header is damaged")
-    header = _unseal(metadata["minrl"], path)
-    if header.pop("tensors_sha256", None) != digest:
+    tensors, header = _unpack(Path(path))
+    if header.pop("tensors_sha256", None) != _digest_tensors(tensors):
         raise CheckpointError(f"{path} is damaged: its weights do not match their SHA-256")
     return tensors, header
+
+
+def is_finite_number(value: object) -> bool:
+    """Tell whether something read from a file is a number that a float can hold."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 class CheckpointFolder:
@@ -139,36 +98,52 @@ class CheckpointFolder:
             step: Training steps taken.
             tensors: Weights of the model that acts.
             header: What :meth:`DecisionAgent.load` needs, JSON-serialisable.
-            trainer_state: Tensors, numbers, strings, lists and dicts only.
+            trainer_state: Of tensors and what :mod:`minrl.agents.trainer_state` says.
 
         Raises:
-            CheckpointError: If a tensor is not finite, or the disk is full or not writable; the
-                checkpoints that are there stay as they are.
+            CheckpointError: If a number is not finite, something is of another type, or the disk is
+                full or not writable; the checkpoints that are there stay as they are.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make {self.path}: {error}") from error
-        _refuse_not_finite(trainer_state)
-        buffer = io.BytesIO()
-        torch.save(dict(trainer_state), buffer)
-        weights, trainer, record = self._files(step)
-        contents = {weights: pack_weights(tensors, header), trainer: buffer.getvalue()}
-        digests = {path.name: digest_of(content) for path, content in contents.items()}
-        known = {"format": FORMAT, "step": step, "score": None, "files": digests}
+        tree, parts = take_apart(trainer_state)
+        weights, trainer, record = (
+            self._file(step, kind) for kind in ("safetensors", _TRAINER[FORMAT], "json")
+        )
+        contents = {
+            weights: pack_weights(tensors, header),
+            trainer: _pack(_copy_finite(parts), {"tree": tree}),
+        }
+        known = {
+            "format": FORMAT,
+            "step": step,
+            "evaluated": False,
+            "score": None,
+            "files": {path.name: digest_of(content) for path, content in contents.items()},
+        }
         contents[record] = _seal({**known, **header}, indent=2).encode()
+        if len(contents[record]) > LARGEST_TEXT:
+            raise CheckpointError(f"refusing to save {record}: it would be too large to be read")
         self._remove_leftovers()  # first: they may be what fills the disk
         replace_files(contents)
         self._remove_old(step)
 
-    def set_score(self, step: int, score: float) -> None:
-        """Note what "best" is judged by for a checkpoint that is there; larger is better."""
-        sealed = _seal({**self.header(step), "score": score}, indent=2)
-        write_atomically(self._files(step)[2], sealed.encode())
+    def note_evaluation(self, step: int, score: float | None = None) -> None:
+        """Note that all was measured that is measured after a step.
+
+        Args:
+            step: Of a checkpoint that is there.
+            score: What "best" is judged by, larger is better; None if there is none.
+        """
+        noted = {"evaluated": True, "score": score if is_finite_number(score) else None}
+        sealed = _seal({**self.header(step), **noted}, indent=2)
+        write_atomically(self._file(step, "json"), sealed.encode())
 
     def steps(self) -> list[int]:
         """Return the steps of all finished checkpoints, ascending."""
-        return self._steps_with("json")
+        return sorted({step for step, _ in self._found("json")})
 
     def last(self) -> int:
         """Return the newest step whose files are all unchanged, warning of those that are not.
@@ -185,7 +160,7 @@ class CheckpointFolder:
 
     def weights(self, step: int) -> Path:
         """Return the path of a checkpoint's weights."""
-        return self._files(step)[0]
+        return self._file(step, "safetensors")
 
     def header(self, step: int) -> dict:
         """Return a checkpoint's JSON: what was known when it was saved, score and digests.
@@ -193,50 +168,53 @@ class CheckpointFolder:
         Raises:
             CheckpointError: If it cannot be read or is damaged.
         """
-        path = self._files(step)[2]
-        try:
-            if path.stat().st_size > _LARGEST_JSON:
-                raise CheckpointError(f"{path} is larger than any such file should be")
-            return _unseal(path.read_text(), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
+        path = self._file(step, "json")
+        return _unseal(read_text(path), path)
 
     def trainer_state(self, step: int) -> dict:
         """Read a checkpoint's trainer state.
 
         Raises:
-            CheckpointError: If it is damaged or holds anything but tensors and plain values.
+            CheckpointError: If it is of format 1, is damaged, or holds anything but tensors and
+                plain values.
         """
+        header = self.header(step)
+        if header.get("format", 1) == 1:
+            raise CheckpointError(
+                f"{self._file(step, 'json')} has format 1, from which training cannot go on: train "
+                "anew; minrl evaluate and minrl export still take its weights"
+            )
         self._verify(step)
-        path = self._files(step)[1]
+        path = self._file(step, _TRAINER[FORMAT])
         try:
-            return read_trainer_state(path.read_bytes())
-        except Exception as error:  # of many kinds, depending on where the reader stumbles
+            tensors, header = _unpack(path)  # whose digest is that of the whole file
+            return put_together(header.get("tree"), tensors)
+        except (CheckpointError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as trainer state: {error}") from error
 
-    def _files(self, step: int) -> tuple[Path, Path, Path]:
-        suffixes = ("safetensors", "trainer.pt", "json")
-        return tuple(self.path / f"step-{step:08d}.{suffix}" for suffix in suffixes)
+    def _file(self, step: int, suffix: str) -> Path:
+        return self.path / f"step-{step:08d}.{suffix}"
 
-    def _steps_with(self, suffix: str) -> list[int]:
-        pattern = rf"step-(\d{{8,}})\.{suffix}"
-        names = (re.fullmatch(pattern, path.name) for path in self.path.glob("step-*"))
-        return sorted({int(name[1]) for name in names if name})
+    def _found(self, suffixes: str) -> list[tuple[int, Path]]:
+        """Return step and path of the files of these suffixes, a pattern."""
+        matches = [
+            (re.fullmatch(rf"step-([0-9]{{8,}})\.({suffixes})", path.name), path)
+            for path in self.path.glob("step-*")
+        ]
+        found = [(int(match[1]), path) for match, path in matches if match]
+        return sorted((step, path) for step, path in found if os.path.isfile(path))
 
     def _verify(self, step: int) -> None:
-        *paths, record = self._files(step)
-        digests = self.header(step).get("files")
+        header, record = self.header(step), self._file(step, "json")
+        trainer = self._file(step, _TRAINER[header.get("format", 1)])
+        paths, digests = (self.weights(step), trainer), header.get("files")
         if not isinstance(digests, dict) or digests.keys() != {path.name for path in paths}:
             raise CheckpointError(f"{record} is not that of these files")
         for path in paths:
-            try:
-                actual = digest_of(path.read_bytes())
-            except OSError as error:
-                raise CheckpointError(f"cannot read {path}: {error}") from error
-            if actual != digests[path.name]:
+            if digest_of_file(path) != digests[path.name]:
                 raise CheckpointError(f"{path} is damaged: wrong SHA-256")
 
-    def _newest_sound(self, steps) -> int:
+    def _newest_sound(self, steps: Iterable[int]) -> int:
         for step in steps:
             try:
                 self._verify(step)
@@ -253,14 +231,14 @@ class CheckpointFolder:
                 score = self.header(step).get("score")
             except CheckpointError:
                 continue  # reported by whoever tries to load it
-            is_score = isinstance(score, (int, float)) and math.isfinite(score)
-            scores[step] = score if is_score else -math.inf
+            scores[step] = score if is_finite_number(score) else -math.inf
         return scores
 
     def _remove_leftovers(self) -> None:
         """Remove the temporary files of a save that was killed."""
         for leftover in self.path.glob("step-*.tmp"):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
     def _remove_old(self, newest: int) -> None:
         # What is later than the newest could not be gone on from, and would only take the place of
@@ -268,44 +246,64 @@ class CheckpointFolder:
         scores = {step: score for step, score in self._scores().items() if step <= newest}
         best = max(scores, key=lambda step: (scores[step], step), default=None)
         kept = {best, *[step for step in self.steps() if step <= newest][-self.keep :]}
-        for step in self._steps_with("(safetensors|trainer\\.pt|json)"):
-            if step < newest and step not in kept:
-                for path in reversed(self._files(step)):  # the JSON first: no half checkpoints
-                    path.unlink(missing_ok=True)
+        found = self._found("json|safetensors|trainer\\.(pt|safetensors)")
+        for step, files in itertools.groupby(found, key=lambda item: item[0]):
+            # What cannot be removed, such as a file that Windows has open, is tried the next time.
+            with contextlib.suppress(OSError):
+                for _, path in files if step < newest and step not in kept else ():
+                    path.unlink()  # in the order of their names, JSON first: no half checkpoints
 
 
-def _sync_folder(path: Path) -> None:
-    """Make a rename in a folder survive a power cut."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _refuse_not_finite(values: Mapping) -> None:
-    for name, tensor in _tensors_in(values):
+def _copy_finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU; copies, since safetensors takes no two that share memory."""
+    fresh = torch.contiguous_format
+    copies = {name: x.detach().cpu().clone(memory_format=fresh) for name, x in tensors.items()}
+    for name, tensor in copies.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"refusing to save weights that are not finite: {name}")
+    return copies
 
 
-def _tensors_in(values: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts and lists, each with its keys joined by dots."""
-    if isinstance(values, Tensor):
-        yield name, values
-    elif isinstance(values, Mapping):
-        for key, value in values.items():
-            yield from _tensors_in(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(values, (list, tuple)):
-        yield from _tensors_in(dict(enumerate(values)), name)
+def _pack(tensors: dict[str, Tensor], header: Mapping) -> bytes:
+    from safetensors.torch import save
+
+    content = save(tensors, metadata={"minrl": _seal({"format": FORMAT, **header})})
+    if _header_size(content) > LARGEST_TEXT:
+        raise CheckpointError(f"refusing to save {len(tensors)} tensors: there is no room for more")
+    return content
+
+
+def _unpack(path: Path) -> tuple[dict[str, Tensor], dict]:
+    from safetensors import safe_open
+
+    if not os.path.isfile(path):  # nor a named pipe, which would be waited for
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with path.open("rb") as file:
+            if _header_size(file.read(8)) > LARGEST_TEXT:
+                raise ValueError("its header is larger than any such should be")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: the file may be gone, or cut short, before the tensors are.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # of many kinds, depending on where the reader stumbles
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if "minrl" not in metadata:
+        raise CheckpointError(f"{path} holds no minrl agent, or its header is damaged")
+    return tensors, _unseal(metadata["minrl"], path)
+
+
+def _header_size(content: bytes) -> int:
+    """Return how long the header of a .safetensors file is, which its first 8 bytes say."""
+    return int.from_bytes(content[:8], "little")
 
 
 def _digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -324,7 +322,7 @@ def _unseal(text: str, path: Path) -> dict:
         raise CheckpointError(f"{path} is damaged: its JSON cannot be read") from error
     if actual != expected:
         raise CheckpointError(f"{path} is damaged: its JSON does not match its SHA-256")
-    written_in = content.get("format", FORMAT)  # the first checkpoints' JSON does not say
+    written_in = content.get("format", 1)  # the first checkpoints' JSON does not say
     if written_in not in range(1, FORMAT + 1):
         raise CheckpointError(
             f"{path} has format {written_in}; this version of minrl reads up to {FORMAT}"

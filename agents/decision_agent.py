@@ -1,5 +1,6 @@
 """A trained trajectory model that acts, one step at a time, with a recurrent state."""
 
+import numbers
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from minrl import __version__
-from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights, write_atomically
+from minrl.agents.agent_header import build_model, check_info, refuse_much_memory
+from minrl.agents.checkpoint import CheckpointFolder, is_finite_number, load_weights, pack_weights
 from minrl.agents.fast_step import fast_step
-from minrl.agents.fitting import check_weights
+from minrl.agents.files import write_atomically
 from minrl.agents.plain_step import plain_step
 from minrl.agents.recent_steps import RecentSteps
 from minrl.agents.step_policy import StepPolicy
 from minrl.agents.trajectory import TrajectoryModel
-from minrl.errors import CheckpointError
+from minrl.errors import CheckpointError, ConfigError
 
 
 @dataclass
@@ -51,6 +53,10 @@ class DecisionAgent:
             independent of any window), 1 at every step (windowed acting, like a Transformer's).
         context: Steps of that window.
         info: Kept with the weights when saved: dataset, training configuration and so on.
+
+    Raises:
+        ConfigError: If a number is not finite or out of range, or acting would take memory out of
+            proportion to the model.
     """
 
     def __init__(
@@ -62,10 +68,14 @@ class DecisionAgent:
         context: int = 20,
         info: dict | None = None,
     ):
+        for name, value, least in (("refresh_every", refresh_every, 0), ("context", context, 1)):
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ConfigError(f"{name} must be a whole number from {least}, not {value!r:.50}")
         self._model = model.eval()
-        self._policy = StepPolicy(model)
-        self.target_return = float(target_return)  # NumPy's numbers cannot be written as JSON
+        self.target_return = _checked_target(target_return)
         self.refresh_every, self.context = int(refresh_every), int(context)
+        refuse_much_memory(model, self.context if self.refresh_every else 0)
+        self._policy = StepPolicy(model)
         self.info = info or {}
         self.device = model.action_low.device
         self._step: Callable | None = None  # found, perhaps compiled, when first needed
@@ -89,8 +99,11 @@ class DecisionAgent:
             num_envs: B, where it is not known yet and ``mask`` is not given.
 
         Raises:
-            ValueError: If ``mask`` is not of that type and shape, or ``num_envs`` less than 1.
+            ValueError: If ``mask`` is not of that type and shape, ``num_envs`` less than 1, or the
+                target not finite.
         """
+        if target_return is not None:
+            target_return = _checked_target(target_return)
         if mask is None:
             batch = max(len(self._starts), 1) if num_envs is None else num_envs
             if batch < 1:
@@ -207,9 +220,10 @@ class DecisionAgent:
             path = folder.weights(folder.best() if checkpoint == "best" else folder.last())
         tensors, header = load_weights(path)
         try:
-            acting, model = header.pop("acting"), _build_model(header.pop("model"), tensors)
+            acting, model = header.pop("acting"), build_model(header.pop("model"), tensors)
+            check_info(header)
             return cls(model.to(device), **acting, info=header)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} does not fit this version of minrl: {reason}") from error
 
@@ -252,6 +266,7 @@ class DecisionAgent:
     def _fresh_state(self, batch: int) -> AgentState:
         window = None
         if self.refresh_every:
+            refuse_much_memory(self.model, self.context)  # it may have been set since
             window = RecentSteps(self.model, batch, self.context)
         with torch.inference_mode():
             model_state = self._policy.initial_state(batch)
@@ -293,18 +308,11 @@ class DecisionAgent:
             raise ValueError(f"the observation of environment {row} is not finite")
 
 
-def _build_model(description: dict, tensors: dict[str, Tensor]) -> TrajectoryModel:
-    """Return the model of a description with these weights.
-
-    A file may describe any size: nothing is built of one that does not have the weights for it.
-    """
-    if description["config"]["num_layers"] > len(tensors):
-        raise ValueError(f"it describes more layers than it has weights, {len(tensors)}")
-    with torch.device("meta"):
-        check_weights("the model", TrajectoryModel.from_description(description), tensors)
-    model = TrajectoryModel.from_description(description)
-    model.load_state_dict(tensors)
-    return model
+def _checked_target(value: float) -> float:
+    """Return a target return as a plain float, which JSON can hold."""
+    if not isinstance(value, numbers.Real) or not is_finite_number(float(value)):
+        raise ConfigError(f"target_return must be a finite number, not {value!r:.50}")
+    return float(value)
 
 
 def _checked_rewards(rewards: Any, batch: int) -> np.ndarray:

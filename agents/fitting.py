@@ -30,6 +30,16 @@ def check_keys(what: str, expected: Mapping, found: object) -> None:
             raise CheckpointError(f"{what} has {key}, which is unknown here")
 
 
+def check_count(what: str, found: object) -> None:
+    """Refuse what is not 0, 1, 2 ...
+
+    Raises:
+        CheckpointError: Says what it is.
+    """
+    if type(found) is not int or not 0 <= found < 2**63:
+        raise CheckpointError(f"{what} is {found!r:.50}")
+
+
 def check_weights(what: str, module: nn.Module, found: object) -> None:
     """Refuse tensors that a module cannot take over exactly.
 
@@ -50,18 +60,34 @@ def check_moments(model: nn.Module, optimizer: torch.optim.Optimizer, found: obj
     """
     expected = optimizer.state_dict()
     check_keys("the optimizer", expected, found)
-    groups = [[group["params"] for group in state["param_groups"]] for state in (expected, found)]
-    if groups[0] != groups[1]:
-        here, there = (sum(map(len, group)) for group in groups)
-        raise CheckpointError(f"the optimizer is of {there} weights, not of {here}")
+    _check_groups(expected["param_groups"], found["param_groups"])
     parameters = dict(enumerate(model.named_parameters()))
+    if not isinstance(found["state"], Mapping):
+        raise CheckpointError("the optimizer's state is missing")
     for index, state in found["state"].items():
         if index not in parameters:
             raise CheckpointError(f"the optimizer has a weight {index}, which is unknown here")
         name, parameter = parameters[index]
         check_keys(f"the optimizer's {name}", dict.fromkeys(("step", *MOMENTS)), state)
+        _check_tensor(f"the optimizer's step of {name}", torch.zeros(()), state["step"])
         for moment in MOMENTS:
             _check_tensor(f"the optimizer's {moment} of {name}", parameter, state[moment])
+
+
+def _check_groups(expected: list[dict], found: object) -> None:
+    """Refuse groups of other weights, or with settings of other types."""
+    if not isinstance(found, list) or not all(isinstance(group, Mapping) for group in found):
+        raise CheckpointError("the optimizer's param_groups is no list of dicts")
+    indices = [[group.get("params") for group in groups] for groups in (expected, found)]
+    if indices[0] != indices[1]:
+        here, there = (
+            sum(len(one) for one in groups if isinstance(one, list)) for groups in indices
+        )
+        raise CheckpointError(f"the optimizer is of {there} weights, not of {here}")
+    for group, other in zip(expected, found, strict=True):
+        for name in group.keys() & other.keys():  # other versions of PyTorch have others
+            if type(other[name]) is not type(group[name]):
+                raise CheckpointError(f"the optimizer's {name} is {other[name]!r:.50}")
 
 
 def _check_tensor(what: str, expected: Tensor, found: object) -> None:

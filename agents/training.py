@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minrl.agents.device_step import Inputs, ResidentStep, Update, write
-from minrl.agents.fitting import check_keys, check_moments, check_weights
+from minrl.agents.field_types import wrong_types
+from minrl.agents.fitting import check_count, check_keys, check_moments, check_weights
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, TrainingError
@@ -62,7 +63,8 @@ class OptimizationConfig:
 
     def problems(self) -> list[str]:
         """Return what is impossible in this configuration, naming field and range."""
-        found = []
+        if found := wrong_types(self):
+            return found
         for name, allowed in (
             ("schedule", ("constant", "cosine")),
             ("precision", ("float32", "bfloat16")),
@@ -250,6 +252,8 @@ class Trainer:
             CheckpointError: If a key is missing, unknown or of another shape; nothing has changed.
         """
         check_keys("the state of training", self.state_dict(), state)
+        for name in ("step", "skips_in_a_row"):
+            check_count(f"the state of training's {name}", state[name])
         check_weights("the model", self.model, state["model"])
         check_moments(self.model, self.update.optimizer, state["optimizer"])
         if self.update.average is not None:

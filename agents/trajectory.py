@@ -6,6 +6,7 @@ units: the model holds the normalisation of observations, the scale of returns a
 actions.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from minrl.agents.backbones.blocks import ALL, MIXERS, Backbone, State
 from minrl.agents.backbones.dropout import Dropout
 from minrl.agents.backbones.scan_torch import CANDIDATES
+from minrl.agents.field_types import wrong_types
 from minrl.errors import ConfigError
 
 DEFAULT_ATTENTION_CONTEXT = 20
@@ -78,6 +80,8 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Return what is impossible in this configuration, naming field and range."""
+        if found := wrong_types(self):
+            return found
         found = [
             f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
             for name, allowed in (
@@ -106,8 +110,10 @@ class ModelConfig:
             found.append("mlp_ratio must be at least 1 with the backbone mlp, not 0")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.return_scale is not None and not self.return_scale > 0:
-            found.append(f"return_scale must be positive, not {self.return_scale}")
+        if self.return_scale is not None and not 0 < self.return_scale < math.inf:
+            found.append(f"return_scale must be positive and finite, not {self.return_scale}")
+        if not math.isfinite(self.forget_bias):
+            found.append(f"forget_bias must be finite, not {self.forget_bias}")
         return found
 
 

@@ -12,7 +12,7 @@ from minrl.agents.training import choose_device
 from minrl.envs.evaluation import Evaluation, EvaluationError
 from minrl.envs.make import check_spaces, make_env
 from minrl.envs.rollout import evaluate
-from minrl.errors import ConfigError
+from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.plots import plot_target_vs_return
 from minrl.scripts.run_folder import RunFolder
 
@@ -175,10 +175,13 @@ def load_agent(
 
     Raises:
         ConfigError: If there is no environment, or it has other sizes than the agent.
+        CheckpointError: If there is no sound checkpoint, or it is not that of a run.
     """
     if not Path(run).is_dir():
         raise ConfigError(f"{run} is not the folder of a run")
     agent = DecisionAgent.load(run, checkpoint=checkpoint, device=choose_device(device))
+    if missing := {"step", "environment", "dataset"} - agent.info.keys():
+        raise CheckpointError(f"the {checkpoint} checkpoint of {run} has no {min(missing)}")
     if refresh_every is not None:
         agent.refresh_every = refresh_every
     trained_for = agent.info["environment"]

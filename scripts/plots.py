@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from minrl.agents.checkpoint import write_atomically
+from minrl.agents.files import write_atomically
 from minrl.envs.evaluation import Evaluation
 
 

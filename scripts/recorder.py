@@ -81,9 +81,11 @@ class Recorder:
         """Write a checkpoint of this moment."""
         self._read_losses()
         agent = self.agent()
+        losses = [loss for loss in self.losses if not math.isnan(loss)]
         state = {
             "trainer": self.trainer.state_dict(),
-            "losses": self.losses,
+            "losses": torch.tensor(losses, dtype=torch.float64),
+            "skipped": len(self.losses) - len(losses),
             **circumstances(self.trainer),
         }
         weights = agent.model.state_dict()
@@ -93,19 +95,7 @@ class Recorder:
 
     def agent(self) -> DecisionAgent:
         """Return the agent that the weights of this moment make."""
-        return DecisionAgent(
-            self.trainer.acting_model,
-            target_return=self.config.targets[0],
-            refresh_every=self.config.refresh_every,
-            context=self.config.context,
-            info={
-                "step": self.trainer.step_count,
-                "dataset": vars(self.dataset),
-                "environment": self.config.environment,
-                "training": self.config.to_json(),
-                "trained_on": device_name(self.trainer.device),
-            },
-        )
+        return make_agent(self.config, self.trainer, self.dataset)
 
     def close(self) -> None:
         """Save what is not saved yet, and write the table and the picture of all metrics."""
@@ -152,21 +142,22 @@ class Recorder:
 
         An environment that fails costs this evaluation, not the training.
         """
-        step, config = self.trainer.step_count, self.config
+        step, config, score = self.trainer.step_count, self.config, None
         self.metrics.write(step, {"eval/action_error": self.trainer.action_error(self.held_out)})
-        if not (config.environment and config.eval_episodes):
-            return
-        agent = self.agent()
-        try:
-            first, *_ = [self._evaluate(agent, target) for target in config.targets]
-        except EvaluationError as error:
-            warnings.warn(f"step {step} has no score: {error}; training goes on", stacklevel=2)
-            return
-        self.run.checkpoints.set_score(step, first.return_mean)
-        self.shown["return"] = f"{first.return_mean:.0f}"
-        if first.normalized:
-            self.shown["score"] = f"{first.normalized['mean']:.1f}%"
-        self.bar.set_postfix(self.shown)
+        if config.environment and config.eval_episodes:
+            agent = self.agent()
+            try:
+                first, *_ = [self._evaluate(agent, target) for target in config.targets]
+            except EvaluationError as error:
+                warnings.warn(f"step {step} has no score: {error}; training goes on", stacklevel=2)
+                return
+            score = first.return_mean
+            self.shown["return"] = f"{score:.0f}"
+            if first.normalized:
+                self.shown["score"] = f"{first.normalized['mean']:.1f}%"
+            self.bar.set_postfix(self.shown)
+        self.metrics.sync()  # or a power cut could take what is said to have been measured
+        self.run.checkpoints.note_evaluation(step, score)
 
     def _evaluate(self, agent: DecisionAgent, target: float) -> Evaluation:
         self.bar.set_postfix({**self.shown, "evaluating": f"{target:g}"})
@@ -180,6 +171,27 @@ class Recorder:
         )
         self.metrics.write(self.trainer.step_count, evaluation_metrics(evaluation))
         return evaluation
+
+
+def make_agent(config: TrainConfig, trainer: Trainer, dataset: DatasetInfo) -> DecisionAgent:
+    """Return the agent that a trainer's weights make.
+
+    Raises:
+        ConfigError: If it could not act: its window is too large.
+    """
+    return DecisionAgent(
+        trainer.acting_model,
+        target_return=config.targets[0],
+        refresh_every=config.refresh_every,
+        context=config.context,
+        info={
+            "step": trainer.step_count,
+            "dataset": vars(dataset),
+            "environment": config.environment,
+            "training": config.to_json(),
+            "trained_on": device_name(trainer.device),
+        },
+    )
 
 
 def circumstances(trainer: Trainer) -> dict[str, str | int]:

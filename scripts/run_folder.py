@@ -9,16 +9,25 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
-from minrl.agents.checkpoint import CheckpointFolder, write_atomically
+from minrl.agents.checkpoint import CheckpointFolder, is_finite_number
+from minrl.agents.field_types import is_of
+from minrl.agents.files import read_text, write_atomically
 from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.train_config import TrainConfig
 
 LOCK = ".lock"
 # What decides the outcome of an evaluation, of all that its line in evaluations.jsonl says.
-MADE_AS = ("checkpoint", "step", "refresh_every", "environment_id", "target_return", "episodes")
-MADE_AS += ("seed",)
+MADE_AS = {
+    "checkpoint": str,
+    "step": int,
+    "refresh_every": int | None,
+    "environment_id": str,
+    "target_return": float | None,
+    "episodes": int,
+    "seed": int | None,
+}
 
 
 class RunFolder:
@@ -81,11 +90,11 @@ class RunFolder:
             ConfigError: If there is none, or it cannot be read.
         """
         path = self.path / "config.json"
+        if not path.exists():
+            raise ConfigError(f"{self.path} is not a run: it has no config.json")
         try:
-            return TrainConfig.from_json(json.loads(path.read_text()))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{self.path} is not a run: it has no config.json") from error
-        except (OSError, ValueError, AttributeError) as error:
+            return TrainConfig.from_json(json.loads(read_text(path)))
+        except (CheckpointError, ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
 
     def is_finished(self) -> bool:
@@ -98,19 +107,36 @@ class RunFolder:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_metrics(self) -> list[dict]:
-        """Return all lines of metrics so far, each a dict with "step"."""
-        return [row for row in _read_lines(self.metrics_file) if "step" in row]
+        """Return all lines of metrics so far, each a dict with "step".
+
+        Raises:
+            ConfigError: Names the file and the line that holds anything but numbers.
+        """
+        rows = _read_lines(self.metrics_file)
+        for number, row in rows.items():
+            wrong = [x for x in row.values() if not (isinstance(x, float) or is_finite_number(x))]
+            if wrong or not is_of(row.get("step", 0), int):
+                _refuse_line(self.metrics_file, number, wrong[0] if wrong else row["step"])
+        return [row for row in rows.values() if "step" in row]
 
     def read_evaluations(self) -> list[dict]:
         """Return the evaluations so far, each what ``Evaluation.to_dict`` gives and more.
 
         Of those made in the same way, at a resume after a kill say, the latest.
+
+        Raises:
+            ConfigError: Names the file and the line that says in another way how it was made.
         """
         rows = _read_lines(self.evaluations_file)
-        return list({tuple(map(row.get, MADE_AS)): row for row in rows}.values())
+        for number, row in rows.items():
+            for name, declared in MADE_AS.items():
+                if not is_of(row.get(name), declared):
+                    _refuse_line(self.evaluations_file, number, row.get(name))
+        return list({tuple(map(row.get, MADE_AS)): row for row in rows.values()}.values())
 
     def append_evaluation(self, row: dict) -> None:
         """Add an evaluation, whole even where a crash has cut the one before it."""
+        _refuse_other_than_file(self.evaluations_file)
         with self.evaluations_file.open("ab+") as file:
             whole = not file.tell() or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
             file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
@@ -124,10 +150,8 @@ class RunFolder:
         """
         if not step or (step % config.eval_every and step != config.steps):
             return True  # nothing is
-        if config.environment and config.eval_episodes:
-            return self.checkpoints.header(step)["score"] is not None
-        rows = self.read_metrics()
-        return any(row["step"] == step and "eval/action_error" in row for row in rows)
+        header = self.checkpoints.header(step)
+        return header.get("evaluated", header.get("score") is not None)  # format 1 had scores only
 
     def forget_after(self, step: int, *, evaluated: bool) -> None:
         """Drop metrics later than ``step``, which a resumed run writes anew.
@@ -248,9 +272,26 @@ def _append(file: BinaryIO, content: bytes) -> None:
         raise CheckpointError(f"cannot write {file.name}: {error}") from error
 
 
-def _read_lines(path: Path) -> list[dict]:
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a line cut short by a crash
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+def _read_lines(path: Path) -> dict[int, dict]:
+    """Return the objects in a file of JSON lines by the number of their line."""
+    _refuse_other_than_file(path)
+    rows = {}
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else ()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows[number] = json.loads(line)
+        except ValueError:  # a line cut short by a crash
+            continue
+        except RecursionError:
+            _refuse_line(path, number, line)
+    return {number: row for number, row in rows.items() if isinstance(row, dict)}
+
+
+def _refuse_line(path: Path, number: int, found: object) -> NoReturn:
+    raise ConfigError(f"cannot read {path}, line {number}: it has {found!r:.50}")
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    """Refuse a named pipe, for instance, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"cannot read {path}: it is no file")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from minrl.agents.fitting import check_count
 from minrl.agents.training import Trainer, choose_device
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.episodes import Episodes
@@ -21,7 +23,7 @@ from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, DatasetError
 from minrl.scripts.evaluate import check_environment, evaluate_run, plot_asked_against_got
 from minrl.scripts.match_parameters import match_width
-from minrl.scripts.recorder import Recorder, circumstances
+from minrl.scripts.recorder import Recorder, circumstances, make_agent
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TrainConfig, task_of
 
@@ -53,6 +55,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             seed=config.seed,
             device=choose_device(config.device),
         )
+        make_agent(config, trainer, episodes.info)  # nothing is trained that could not act
         if rank != 0:  # the other processes of torchrun only compute
             if resume:
                 restore(trainer, RunFolder(resume), episodes)
@@ -179,7 +182,10 @@ def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]
         print(f"there is no checkpoint in {run.path} yet: training starts again")
         return []
     step = run.checkpoints.last()
-    trained_on = run.checkpoints.header(step)["dataset"]["sha256"]
+    dataset = run.checkpoints.header(step).get("dataset")
+    trained_on = dataset.get("sha256") if isinstance(dataset, dict) else None
+    if not isinstance(trained_on, str):
+        raise CheckpointError(f"checkpoint {step} of {run.path} does not say what data it is from")
     if trained_on != episodes.info.sha256:
         raise DatasetError(
             f"{episodes.info.dataset_id} is not the data this run was trained on: its SHA-256 is "
@@ -187,18 +193,27 @@ def restore(trainer: Trainer, run: RunFolder, episodes: Episodes) -> list[float]
         )
     state = run.checkpoints.trainer_state(step)
     try:
+        losses = _losses_since_the_last_line(state["losses"], state["skipped"], step)
         trainer.load_state_dict(state["trainer"])
-        losses = state["losses"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {step} of {run.path} does not fit: {error}") from error
     for name, now in circumstances(trainer).items():
-        if name in state and state[name] != now:
+        before = f"{state.get(name, now)}"
+        if before != f"{now}":
             warnings.warn(
-                f"this run was trained with {name} {state[name]}, now it is {now}: it goes on, but "
+                f"this run was trained with {name} {before}, now it is {now}: it goes on, but "
                 "not bit for bit as it would have",
                 stacklevel=2,
             )
     return losses
+
+
+def _losses_since_the_last_line(losses: torch.Tensor, skipped: int, step: int) -> list[float]:
+    """Return the losses of the steps since the last line of metrics, NaN for those skipped."""
+    check_count("the number of skipped steps", skipped)
+    if losses.dim() != 1 or losses.dtype != torch.float64 or len(losses) + skipped > step:
+        raise ValueError(f"there are other losses than those of {step} steps")
+    return losses.tolist() + [math.nan] * skipped
 
 
 def continue_run(run: RunFolder, config: TrainConfig, step: int, *, evaluated: bool) -> None:
@@ -245,7 +260,10 @@ def distributed_processes() -> Iterator[int]:
 
 @contextlib.contextmanager
 def interruption() -> Iterator[list[int]]:
-    """Give a list that becomes true at Ctrl-C or SIGTERM; a second one interrupts at once.
+    """Give a list that becomes true at Ctrl-C or SIGTERM; Ctrl-C after that interrupts at once.
+
+    SIGTERM may come more than once, from a supervisor and from whoever started this: the second is
+    no reason to give up what the first asked for.
 
     Disabled under ``torchrun``, whose processes would stop at different steps.
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minrl.agents.field_types import wrong_types
 from minrl.agents.training import OptimizationConfig
 from minrl.agents.trajectory import ModelConfig
 from minrl.errors import ConfigError
@@ -100,6 +101,8 @@ class TrainConfig:
         Raises:
             ConfigError: Names every such field and its allowed range.
         """
+        if problems := wrong_types(self):
+            raise ConfigError("; ".join(_with_flag_name(problem) for problem in problems))
         problems = self.model.problems() + self.optimization.problems()
         if self.preset not in PRESETS:
             problems.append(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
@@ -157,10 +160,11 @@ class TrainConfig:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ConfigError: If a field is unknown, for instance written by another version.
+            ConfigError: If a field is unknown, for instance written by another version, or of
+                another type.
         """
         try:
-            return cls(
+            config = cls(
                 **{
                     **values,
                     "model": ModelConfig(**values["model"]),
@@ -172,6 +176,9 @@ class TrainConfig:
             )
         except (TypeError, KeyError) as error:
             raise ConfigError(f"this configuration is not of this version: {error}") from error
+        if problems := wrong_types(config):
+            raise ConfigError(f"this configuration is not of this version: {'; '.join(problems)}")
+        return config
 
     def continued_with(self, changed: "TrainConfig") -> "TrainConfig":
         """Return the configuration with which a run of this one may be continued.

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import stat
@@ -6,13 +7,9 @@ import zipfile
 import pytest
 import torch
 
-from minrl.agents.checkpoint import (
-    CheckpointFolder,
-    digest_of,
-    load_weights,
-    pack_weights,
-    write_atomically,
-)
+from minrl.agents import checkpoint
+from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights
+from minrl.agents.files import write_atomically
 from minrl.errors import CheckpointError
 
 TENSORS = {"weight": torch.arange(12.0).view(3, 4), "steps": torch.tensor([1, 2])}
@@ -25,14 +22,14 @@ def save_steps(folder, steps, scores=None):
         state = {"step": step, "moments": [torch.ones(3)]}
         folder.save(step, tensors, HEADER, state)
         if scores is not None:
-            folder.set_score(step, scores[index])
+            folder.note_evaluation(step, scores[index])
 
 
 def test_weights_and_header_come_back_unchanged(tmp_path):
     write_atomically(tmp_path / "a.safetensors", pack_weights(TENSORS, HEADER))
     tensors, header = load_weights(tmp_path / "a.safetensors")
     assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
-    assert header == {"format": 1, **HEADER}
+    assert header == {"format": 2, **HEADER}
 
 
 def test_other_files_are_refused_with_the_reason(tmp_path):
@@ -46,7 +43,7 @@ def test_other_files_are_refused_with_the_reason(tmp_path):
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_weights(tmp_path / "zip.safetensors")
     write_atomically(tmp_path / "new.safetensors", pack_weights(TENSORS, {**HEADER, "format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99; this version of minrl reads up to 1"):
+    with pytest.raises(CheckpointError, match="has format 99; this version of minrl reads up to 2"):
         load_weights(tmp_path / "new.safetensors")
 
 
@@ -65,29 +62,20 @@ def test_the_newest_three_and_the_best_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3 * 4
 
 
-def test_trainer_state_comes_back_and_is_never_unpickled(tmp_path):
+def test_trainer_state_comes_back(tmp_path):
     folder = CheckpointFolder(tmp_path)
     save_steps(folder, [5])
     state = folder.trainer_state(5)
     assert state["step"] == 5
     assert torch.equal(state["moments"][0], torch.ones(3))
     record = json.loads((tmp_path / "step-00000005.json").read_text())
-    assert record["files"].keys() == {"step-00000005.safetensors", "step-00000005.trainer.pt"}
+    assert record["files"].keys() == {
+        "step-00000005.safetensors",
+        "step-00000005.trainer.safetensors",
+    }
 
 
-def test_a_trainer_state_that_would_run_code_is_refused(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "owned"),))
-
-    folder = CheckpointFolder(tmp_path)
-    folder.save(1, TENSORS, HEADER, {"state": Payload()})
-    with pytest.raises(CheckpointError, match="cannot be read as trainer state"):
-        folder.trainer_state(1)
-    assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "trainer.pt", "json"])
+@pytest.mark.parametrize("suffix", ["safetensors", "trainer.safetensors", "json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, suffix, damage):
     folder = CheckpointFolder(tmp_path)
@@ -143,13 +131,77 @@ def test_a_checkpoint_without_a_finite_score_is_never_the_best(tmp_path):
     assert folder.best() == 1
 
 
-def test_a_checkpoint_of_before_its_json_had_a_format_is_read(tmp_path):
+def test_what_is_no_file_is_not_opened(tmp_path):
+    """Opening a named pipe would wait for ever."""
     folder = CheckpointFolder(tmp_path)
-    save_steps(folder, [1])
-    record = tmp_path / "step-00000001.json"
-    content = json.loads(record.read_text())
-    del content["format"], content["sha256"]
-    digest = digest_of(json.dumps(content, sort_keys=True).encode())
-    record.write_text(json.dumps({**content, "sha256": digest}))
-    assert folder.last() == 1
-    assert folder.header(1) == content
+    save_steps(folder, [1, 2])
+    (tmp_path / "step-00000002.safetensors").unlink()
+    os.mkfifo(tmp_path / "step-00000002.safetensors")
+    os.mkfifo(tmp_path / "step-00000003.json")
+    (tmp_path / "step-00000004.json").mkdir()
+    (tmp_path / "step-00000005.json").symlink_to("/dev/zero")
+    (tmp_path / "step-00000006.json.0a1b2c3d.tmp").mkdir()
+    assert folder.steps() == [1, 2]
+    with pytest.warns(UserWarning, match="there is no such file; trying"):
+        assert folder.last() == 1
+    with pytest.raises(CheckpointError, match=r"cannot read .*json: there is no such file"):
+        folder.header(3)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_weights(tmp_path / "step-00000002.safetensors")
+    save_steps(folder, [7])
+    assert folder.last() == 7
+
+
+@pytest.mark.parametrize("score", [10**400, "9", [9], None, True, float("nan")])
+def test_a_score_that_is_no_number_is_none(tmp_path, score):
+    folder = CheckpointFolder(tmp_path)
+    for step, its in ((1, -5.0), (2, score)):
+        folder.save(step, {}, {"score": its}, {})
+    assert folder.best() == (2 if score is True else 1)
+
+
+def test_whether_a_step_was_evaluated_is_in_its_json(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, [1, 2, 3])
+    folder.note_evaluation(1)
+    folder.note_evaluation(2, 5.0)
+    found = [(folder.header(step)["evaluated"], folder.header(step)["score"]) for step in (1, 2, 3)]
+    assert found == [(True, None), (True, 5.0), (False, None)]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch, number):
+    plain, refused = os.fsync, []
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(number, os.strerror(number))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_atomically(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert refused
+
+
+def test_windows_which_cannot_open_folders_is_not_asked_to(tmp_path, monkeypatch):
+    opened, plain = [], os.open
+    path = tmp_path / "file"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        patch.setattr(os, "open", lambda name, *more: opened.append(name) or plain(name, *more))
+        write_atomically(path, b"content")
+    assert (opened, path.read_bytes()) == ([], b"content")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    monkeypatch.setattr(checkpoint, "LARGEST_TEXT", 3000)
+    with pytest.raises(CheckpointError, match="there is no room for more"):
+        folder.save(1, {f"weight.{number}": torch.ones(1) for number in range(50)}, {}, {})
+    with pytest.raises(CheckpointError, match="there is no room for more"):
+        folder.save(1, {}, {}, {"numbers": list(range(2000))})
+    with pytest.raises(CheckpointError, match="too large to be read"):
+        folder.save(1, {}, {"many": [1] * 500}, {})
+    assert not list(tmp_path.iterdir())

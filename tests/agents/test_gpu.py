@@ -6,6 +6,7 @@ import torch
 from random_batches import make_batch
 
 from minrl import DecisionAgent, TrajectoryModel
+from minrl.agents.checkpoint import CheckpointFolder
 from minrl.agents.fast_step import GraphStep
 from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import StepPolicy
@@ -71,11 +72,11 @@ def test_captured_training_resumes_bit_for_bit(cut, tmp_path):
     expected = [whole.step_from(sampler) for _ in range(40)]
     for _ in range(cut):
         first.step_from(sampler)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+    folder = CheckpointFolder(tmp_path)
+    folder.save(cut, {}, {}, {"trainer": first.state_dict()})
     for _ in range(3):  # other weights and another capture, which loading must replace
         second.step_from(sampler)
-    state = torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu")
-    second.load_state_dict(state)
+    second.load_state_dict(folder.trainer_state(cut)["trainer"])
     got = [second.step_from(sampler) for _ in range(40 - cut)]
     assert [report.loss for report in got] == [report.loss for report in expected[cut:]]
     assert_same_weights(whole, second)

@@ -1,7 +1,8 @@
-"""Checkpoints written by released versions: one tiny folder for each format, kept in the tree.
+"""Checkpoints written by earlier versions: one tiny folder for each format, kept in the tree.
 
-A change of format adds a folder beside these, written by a small training of the version that is
-released with it; none is ever written again.
+A change of format adds a folder beside these, written by a small training of the version that comes
+with it; none is ever written again. No released version wrote format 1, whose trainer state is a
+pickle: its weights act, and training does not go on from it.
 """
 
 import shutil
@@ -28,26 +29,37 @@ def test_there_is_one_for_every_format():
 
 
 @pytest.mark.parametrize("path", sorted(ASSETS.iterdir()), ids=lambda path: path.name)
-def test_an_old_checkpoint_acts_and_trains_on(path, tmp_path):
+def test_an_old_checkpoint_acts(path, tmp_path):
     shutil.copytree(path, tmp_path / "checkpoints")
-    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for name in ("last", "best"):
+        agent = DecisionAgent.load(tmp_path, checkpoint=name)
+        agent.reset()
+        action = agent.act(np.zeros((1, agent.model.observation_size), np.float32))
+        assert np.isfinite(action).all()
+
+
+def test_a_checkpoint_of_this_format_is_trained_on():
+    folder = CheckpointFolder(ASSETS / f"format-{checkpoint.FORMAT}")
     step = folder.last()
-    agent = DecisionAgent.load(tmp_path)
-    agent.reset()
-    action = agent.act(np.zeros((1, agent.model.observation_size), np.float32))
-    assert np.isfinite(action).all()
     model = TrajectoryModel.from_description(folder.header(step)["model"])
     trainer = Trainer(model, OptimizationConfig(ema_decay=0.5), total_steps=10)
     trainer.load_state_dict(folder.trainer_state(step)["trainer"])
     assert trainer.step_count == step
     weights = trainer.acting_model.state_dict()
-    for name, tensor in agent.model.state_dict().items():
+    for name, tensor in checkpoint.load_weights(folder.weights(step))[0].items():
         assert torch.equal(tensor, weights[name])
+
+
+def test_training_does_not_go_on_from_format_1_and_says_what_can_be_done():
+    folder = CheckpointFolder(ASSETS / "format-1")
+    message = "has format 1, from which training cannot go on: train anew; minrl evaluate and"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        folder.trainer_state(folder.last())
 
 
 @pytest.mark.parametrize("path", sorted(ASSETS.iterdir()), ids=lambda path: path.name)
 def test_a_version_that_is_too_old_says_so(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 0)
-    weights = next(path.glob("*.safetensors"))
-    with pytest.raises(checkpoint.CheckpointError, match=r"has format 1; this version of minrl"):
+    weights = next(path.glob("step-00000001.safetensors"))
+    with pytest.raises(checkpoint.CheckpointError, match=r"has format \d; this version of minrl"):
         checkpoint.load_weights(weights)

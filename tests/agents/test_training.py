@@ -44,33 +44,6 @@ def run(trainer, steps):
     return [trainer.step(make_batch(trainer.step_count)).loss for _ in range(steps)]
 
 
-OPTIONS = {
-    "plain": {},
-    "ema": {"ema_decay": 0.9},
-    "cosine-joint": {"schedule": "cosine", "tokens": "joint"},
-}
-
-
-CUTS = [(30, 3), pytest.param((200, 20), marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("lengths", CUTS, ids=str)
-def test_resume_is_exact_at_any_cut(options, lengths, tmp_path):
-    steps, cuts = lengths
-    whole = make_trainer(**options)
-    losses = run(whole, steps)
-    first = make_trainer(**options)
-    for cut in sorted(np.random.default_rng(0).choice(np.arange(1, steps), cuts, replace=False)):
-        run(first, int(cut) - first.step_count)
-        torch.save(first.state_dict(), tmp_path / "state.pt")
-        second = make_trainer(seed=0, **options)
-        run(second, 3)  # other weights, which loading must replace
-        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert run(second, steps - int(cut)) == losses[cut:]
-        assert_same(second.state_dict(), whole.state_dict())
-
-
 @pytest.mark.parametrize("steps", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_same_seed_same_run_and_another_seed_another(steps):
     first, second, third = make_trainer(), make_trainer(), make_trainer(seed=1)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minrl import DecisionAgent
-from minrl.agents.checkpoint import CheckpointFolder, digest_of, load_weights
+from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights
+from minrl.agents.files import digest_of
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
 from minrl.data.windows import Batch
@@ -17,7 +18,7 @@ from minrl.errors import CheckpointError
 
 FLIPS = [150, pytest.param(1500, marks=pytest.mark.slow)]
 TRUNCATIONS = 50
-SUFFIXES = ("safetensors", "trainer.pt", "json")
+SUFFIXES = ("safetensors", "trainer.safetensors", "json")
 
 
 def take_a_step(trainer):
@@ -125,7 +126,8 @@ def reseal(record, **changes):
 
 
 def test_another_file_in_its_place_is_refused(original, damaged, assert_equal):
-    path, record = damaged.path / "step-00000002.trainer.pt", damaged.path / "step-00000002.json"
+    record = damaged.path / "step-00000002.json"
+    path = damaged.path / "step-00000002.trainer.safetensors"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'touch owned'\ntR.")
     assert not survives(original, damaged, 2, assert_equal)
@@ -133,7 +135,7 @@ def test_another_file_in_its_place_is_refused(original, damaged, assert_equal):
     reseal(record, files=digests)
     with pytest.raises(CheckpointError, match="cannot be read as trainer state"):
         damaged.trainer_state(2)
-    torch.save([1, 2], path)
+    path.write_bytes(pack_weights({}, {"tree": [1, 2]}))
     digests[path.name] = digest_of(path.read_bytes())
     reseal(record, files=digests)
     with pytest.raises(CheckpointError, match="it is no dict"):
@@ -149,7 +151,7 @@ def names_of(folder):
 @pytest.mark.parametrize("number", [0, 99, "1", None, [1]])
 def test_another_format_is_named(original, damaged, number):
     reseal(damaged.path / "step-00000002.json", format=number)
-    with pytest.raises(CheckpointError, match="this version of minrl reads up to 1"):
+    with pytest.raises(CheckpointError, match="this version of minrl reads up to 2"):
         damaged.header(2)
     with pytest.warns(UserWarning, match=r"has format .*trying the checkpoint before it"):
         assert damaged.last() == 1
@@ -165,7 +167,7 @@ def test_a_record_that_is_no_object_is_damaged(damaged, text):
 def test_what_is_saved_after_falling_back_is_kept(damaged, original):
     """Damaged checkpoints of later steps take no place among the newest three."""
     state = {"trainer": {}}
-    damaged.set_score(2, 1.0)  # the best is kept
+    damaged.note_evaluation(2, 1.0)  # the best is kept
     for step in (20, 30, 40):
         damaged.save(step, {"w": torch.ones(1)}, {}, state)
         damaged.weights(step).write_bytes(b"")

@@ -13,7 +13,8 @@ import torch
 from children import ask, limit_file_size, minrl, mount_small_disk, started
 
 from minrl import cli
-from minrl.agents.checkpoint import CheckpointFolder, load_weights, replace_files
+from minrl.agents.checkpoint import CheckpointFolder, load_weights
+from minrl.agents.files import replace_files
 from minrl.errors import CheckpointError, MinrlError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train

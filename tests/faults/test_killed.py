@@ -24,7 +24,7 @@ def save_for_ever(path, first, saved):
     for step in range(first, 10**9):
         folder.save(step, {"w": torch.full((50_000,), float(step))}, {}, {"step": step})
         saved.send(step)
-        folder.set_score(step, float(step))
+        folder.note_evaluation(step, float(step))
 
 
 def wait_for_a_checkpoint(path, log):
@@ -131,6 +131,37 @@ def test_a_signal_saves_and_stops(tmp_path, number, train_arguments):
     assert f"  minrl train --resume {path}" in log.read_text()
 
 
+def ask_to_stop_twice(arguments, at):
+    """Send SIGTERM at a step, and again while its checkpoint is written."""
+    from minrl.agents import checkpoint
+    from minrl.agents.training import Trainer
+
+    plain_step, plain_replace = Trainer.step_from, checkpoint.replace_files
+
+    def step(trainer, sampler):
+        report = plain_step(trainer, sampler)
+        if trainer.step_count == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    def replace(contents):
+        if any(f"step-{at:08d}" in path.name for path in contents):
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain_replace(contents)
+
+    Trainer.step_from, checkpoint.replace_files = step, replace
+    minrl(*arguments)
+
+
+def test_a_second_sigterm_does_not_take_back_what_the_first_asked_for(tmp_path, train_arguments):
+    path, log = tmp_path / "run", tmp_path / "log"
+    with started(ask_to_stop_twice, train_arguments(path), 7, output=log) as process:
+        process.join(PATIENCE)
+        assert process.exitcode == 130, log.read_text()
+    assert CheckpointFolder(path / "checkpoints").last() == 7
+    assert "stopped at step 7 and saved; to go on:" in log.read_text()
+
+
 def interrupt_in_the_middle_of_a_step(arguments, at):
     """Press Ctrl-C twice when the weights are moved and the step is not yet counted."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -195,13 +226,13 @@ def test_a_copy_without_its_newest_files_goes_on_from_what_it_has(
     path, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(uninterrupted[0], path)
     checkpoints = path / "checkpoints"
-    (checkpoints / "step-00000024.trainer.pt").unlink()
+    (checkpoints / "step-00000024.trainer.safetensors").unlink()
     weights = checkpoints / "step-00000020.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (path / "metrics.jsonl").write_bytes((path / "metrics.jsonl").read_bytes()[:-5])
     with started(minrl, *train_arguments(path), output=log) as process:
         process.join(PATIENCE)
         assert process.exitcode == 0, log.read_text()
-    assert "step-00000024.trainer.pt" in log.read_text()
+    assert "step-00000024.trainer.safetensors" in log.read_text()
     assert "step-00000020.safetensors is damaged" in log.read_text()
     assert_equal(contents_of(path), contents_of(uninterrupted[0]))

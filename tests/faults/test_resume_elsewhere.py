@@ -1,13 +1,18 @@
 """A run that is continued on another machine says that it is no longer the same run bit for bit."""
 
 import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from children import minrl, started
 
+from minrl import DecisionAgent
+from minrl.agents import checkpoint
 from minrl.agents.checkpoint import load_weights
+from minrl.agents.training import Trainer
 from minrl.errors import CheckpointError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
@@ -61,7 +66,7 @@ def test_other_circumstances_are_named(run):
     assert run.checkpoints.last() == 3
 
 
-@pytest.mark.parametrize("missing", ["trainer", "losses"])
+@pytest.mark.parametrize("missing", ["trainer", "losses", "skipped"])
 def test_a_state_without_a_part_is_refused_by_name(run, missing):
     folder = run.checkpoints
     state = folder.trainer_state(2)
@@ -89,3 +94,82 @@ def test_a_run_without_any_checkpoint_says_that_it_starts_again(run, capsys):
     assert run.checkpoints.last() == 3
     steps = [row["step"] for row in run.read_metrics()]
     assert steps == sorted(set(steps)) or steps[-1] == 3
+
+
+WRONG = {
+    "losses": (torch.zeros(3, dtype=torch.float64), "there are other losses than those of 2 steps"),
+    "skipped": (10**9, "there are other losses than those of 2 steps"),
+    "trainer": ([1], "the state of training is missing"),
+}
+
+
+@pytest.mark.parametrize("part", WRONG)
+def test_a_state_of_other_types_is_refused(run, part):
+    value, message = WRONG[part]
+    rewrite_state(run, **{part: value})
+    with pytest.raises(CheckpointError, match=message):
+        go_on(run)
+
+
+WRONG_PARTS = {
+    "a step of text": (lambda t: t.update(step="2"), "training's step is '2'"),
+    "a negative step": (lambda t: t.update(step=-1), "training's step is -1"),
+    "skips": (lambda t: t.update(skips_in_a_row=None), "skips_in_a_row is None"),
+    "optimizer": (lambda t: t.update(optimizer=[]), "the optimizer is missing"),
+    "groups": (lambda t: t["optimizer"].update(param_groups=3), "param_groups is no list"),
+    "a group": (lambda t: t["optimizer"].update(param_groups=[3]), "param_groups is no list"),
+    "no group": (lambda t: t["optimizer"].update(param_groups=[]), "is of 0 weights"),
+    "weights": (lambda t: group(t).update(params=7), "is of 0 weights"),
+    "betas": (lambda t: group(t).update(betas="0.9"), "the optimizer's betas is '0.9'"),
+    "lr": (lambda t: group(t).update(lr="fast"), "the optimizer's lr is 'fast'"),
+    "state": (lambda t: t["optimizer"].update(state=[1]), "the optimizer's state is missing"),
+    "counter": (lambda t: t["optimizer"]["state"][0].update(step="1"), "step of .* is no tensor"),
+    "moment": (
+        lambda t: t["optimizer"]["state"][0].update(exp_avg=None),
+        "exp_avg of .* no ten",
+    ),
+}
+
+
+def group(trainer):
+    return trainer["optimizer"]["param_groups"][0]
+
+
+@pytest.mark.parametrize("kind", WRONG_PARTS)
+def test_a_trainer_of_other_types_is_refused_and_nothing_is_changed(begun, kind):
+    change, message = WRONG_PARTS[kind]
+    run = RunFolder(begun)
+    config, model = run.read_config(), DecisionAgent.load(begun).model
+    trainer = Trainer(model, config.optimization, total_steps=3)
+    state = run.checkpoints.trainer_state(2)["trainer"]
+    change(state)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        trainer.load_state_dict(state)
+    assert trainer.step_count == 0
+    assert not trainer.update.optimizer.state_dict()["state"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dataset", [None, 5, [], {}, {"sha256": 3}], ids=str)
+def test_a_checkpoint_that_does_not_name_its_data_is_refused(run, dataset):
+    folder = run.checkpoints
+    tensors, header = load_weights(folder.weights(2))
+    folder.save(2, tensors, {**header, "dataset": dataset}, folder.trainer_state(2))
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 of .* does not say what data it is"):
+        go_on(run)
+
+
+def test_a_run_of_format_1_is_not_gone_on_with(run):
+    folder, assets = run.checkpoints, Path(__file__).parents[1] / "assets" / "checkpoints"
+    content = json.loads((folder.path / "step-00000002.json").read_text())
+    old = json.loads((assets / "format-1" / "step-00000001.json").read_text())
+    shutil.rmtree(folder.path)
+    shutil.copytree(assets / "format-1", folder.path)
+    del old["sha256"]
+    sealed = checkpoint._seal({**old, "dataset": content["dataset"]})
+    (folder.path / "step-00000001.json").write_text(sealed)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="has format 1, from which training cannot go on"):
+        go_on(run)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before

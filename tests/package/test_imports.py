@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARTS = {"agents", "data", "envs", "scripts", "minrl"}
 
-# Parts of minrl each part may import, beside minrl.errors; and what it may take from outside.
+# Parts of minrl each part may import, beside minrl.errors and minrl.cache; and what it may take from outside.
 MAY_IMPORT = {
     "agents": {"agents", "data"},
     "data": {"data", "envs"},
@@ -55,7 +55,7 @@ def test_parts_import_only_downwards(part):
             assert top not in PARTS - {"minrl"}, f"{path} imports bare {module}"
             if path.parent.name != "adapters":  # they import what they are for
                 assert top not in NOT_FROM_OUTSIDE[part], f"{path} imports {module}"
-            if top != "minrl" or not rest or rest[0] == "errors":
+            if top != "minrl" or not rest or rest[0] in ("errors", "cache"):
                 continue
             assert rest[0] in MAY_IMPORT[part], f"{path} imports {module}"
             allowed = ONLY_FILES.get((part, rest[0]))

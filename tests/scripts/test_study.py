@@ -124,7 +124,8 @@ def remove_the_last_picture(run):
 def remove_the_last_score(run):
     remove_evaluations(run)
     folder = CheckpointFolder(run.run_dir / "checkpoints")
-    folder.set_score(12, None)
+    tensors, header = load_weights(folder.weights(12))
+    folder.save(12, tensors, header, folder.trainer_state(12))  # as it was before its evaluation
 
 
 def remove_checkpoints(run):

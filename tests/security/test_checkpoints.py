@@ -1,7 +1,5 @@
 """Checkpoints made to harm: nothing is executed, little memory is taken, the process lives."""
 
-import copy
-import io
 import json
 import os
 import pickle
@@ -10,40 +8,22 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 
+from minrl.agents import checkpoint
 from minrl.agents.checkpoint import load_weights, pack_weights
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.trainer_archive import read_trainer_state
+from minrl.agents.files import digest_of
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
-from minrl.errors import CheckpointError
+from minrl.errors import CheckpointError, ConfigError
 
 MOST_MEMORY = 256 << 20
 COMMAND = b"\x80\x02cposix\nsystem\nX\x0d\x00\x00\x00touch was-run\x85R."
-
-
-def archive_of(instructions, compression=zipfile.ZIP_STORED, **members):
-    """Return torch's form of an archive with these instructions and members."""
-    sound = io.BytesIO()
-    torch.save({"moments": torch.ones(4)}, sound)
-    made = io.BytesIO()
-    with zipfile.ZipFile(sound) as source, zipfile.ZipFile(made, "w", compression) as target:
-        for member in source.infolist():
-            name = member.filename.partition("/")[2]
-            content = {"data.pkl": instructions, **members}.get(name, source.read(member))
-            target.writestr(member.filename, content)
-        for name in members.keys() - {member.filename for member in target.infolist()}:
-            if not any(member.filename.endswith(name) for member in target.infolist()):
-                target.writestr(f"archive/{name}", members[name])
-    return made.getvalue()
-
-
-def saved(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+TENSORS = {"moments": torch.ones(4)}
 
 
 class Call:
@@ -56,127 +36,135 @@ class Call:
         return self.call
 
 
-def instructions_of(state, replace=(b"", b"")):
-    content = zipfile.ZipFile(io.BytesIO(saved(state))).read("archive/data.pkl")
-    assert replace[0] in content
-    return content.replace(*replace)
+def pickled(state):
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def archive(**members):
+    made = BytesIO()
+    with zipfile.ZipFile(made, "w") as target:
+        for name, content in members.items():
+            target.writestr(f"archive/{name}", content)
+    return made.getvalue()
 
 
 def legacy_tar():
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as archive:
+    made = BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as target:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             member = tarfile.TarInfo(name)
             member.size = len(COMMAND)
-            archive.addfile(member, io.BytesIO(COMMAND))
+            target.addfile(member, BytesIO(COMMAND))
     return made.getvalue()
 
 
-def overlapping_members():
-    """An archive that names one member a thousand times, as the best zip bombs do."""
-    made = io.BytesIO(saved({"moments": torch.ones(1000)}))
-    with zipfile.ZipFile(made, "a") as archive:
-        big = max(archive.infolist(), key=lambda member: member.file_size)
-        for number in range(1000):
-            again = copy.copy(big)
-            again.filename = f"archive/data/{number + 1}"
-            archive.filelist.append(again)
-            archive.NameToInfo[again.filename] = again
-        archive.writestr("archive/one-more", b"")
-    return made.getvalue()
+def safetensors_of(header, data=b"", size=None):
+    """Return the bytes of a file with this header, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if size is None else size).to_bytes(8, "little") + text + data
 
 
-NESTED = {"optimizer": {"state": [{0: torch.ones(2), 1: Call(os.system, "touch was-run")}]}}
-TENSOR = {"moments": torch.ones(4)}
-PAYLOADS = {
-    "os.system": (lambda: archive_of(COMMAND), "names posix system"),
-    "eval": (lambda: saved({"a": Call(eval, "open('was-run', 'w')")}), "names __builtin__ eval"),
-    "exec": (lambda: saved({"a": Call(exec, "open('was-run', 'w')")}), "names __builtin__ exec"),
-    "deep in a sound state": (lambda: saved(NESTED), "names posix system"),
-    "a pickle in a pickle": (
-        lambda: saved({"a": Call(pickle.loads, COMMAND)}),
-        "names pickle loads",
-    ),
-    "a pickle of protocol 4": (
-        lambda: archive_of(pickle.dumps({"a": Call(os.system, "touch was-run")}, 4)),
-        "the pickle instruction (FRAME|STACK_GLOBAL|MEMOIZE)",
-    ),
-    "an instance of a class": (
-        lambda: archive_of(b"(X\x0d\x00\x00\x00touch was-runiposix\nsystem\n."),
-        "the pickle instruction INST",
-    ),
-    "legacy tar": (legacy_tar, "not a zip file"),
-    "legacy pickle": (lambda: COMMAND, "not a zip file"),
-    "TorchScript": (
-        lambda: archive_of(b"\x80\x02}.", **{"constants.pkl": COMMAND}),
-        "it has 2 pickles",
-    ),
-    "deep tuples as a key": (
-        lambda: archive_of(b"\x80\x02})" + 500_000 * b"\x85" + b"K\x01s."),
-        "nested more than 50 deep",
-    ),
-    "deep lists": (
-        lambda: archive_of(b"\x80\x02" + 100_000 * b"]" + 99_999 * b"a" + b"."),
-        "nested more than 50 deep",
-    ),
-    "a tuple as a key": (lambda: saved({("a", "b"): 1}), "dict with plain keys"),
-    "a tuple as the name of a storage": (
-        lambda: archive_of(instructions_of(TENSOR, (b"X\x01\x00\x00\x000", b"K\x01\x85"))),
-        "storage in an unknown way",
-    ),
-    "a list in itself": (lambda: archive_of(b"\x80\x02]q\x00h\x00a."), "uses a list"),
-    "a billion laughs": (
-        lambda: archive_of(
-            b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"."
+def describing(*shape, offsets=(0, 16), dtype="F32", data=bytes(16), name="a"):
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    return safetensors_of({name: entry, "__metadata__": {"minrl": "{}"}}, data)
+
+
+def sealed(text):
+    """Return a sound file whose own header is this text, if need be with its digest."""
+    return safetensors_of({"__metadata__": {"minrl": text}})
+
+
+def tree_of(tree, tensors=None):
+    return pack_weights(TENSORS if tensors is None else tensors, {"tree": tree})
+
+
+LEAF = {"tensor": "moments"}
+PLAIN = r"holds no minrl agent|damaged or not a safetensors file"
+# Files of any kind in the place of weights or of trainer state.
+FILES = {
+    "os.system": (lambda: pickled({"a": Call(os.system, "touch was-run")}), PLAIN),
+    "eval": (lambda: pickled({"a": Call(eval, "open('was-run', 'w')")}), PLAIN),
+    "a pickle in a pickle": (lambda: pickled({"a": Call(pickle.loads, COMMAND)}), PLAIN),
+    "a pickle of protocol 4": (lambda: pickle.dumps(Call(os.system, "touch was-run"), 4), PLAIN),
+    "a legacy pickle": (lambda: COMMAND, PLAIN),
+    "a legacy tar": (legacy_tar, PLAIN),
+    "two archives' names": (lambda: archive(**{"DATA.PKL": COMMAND, "data.pkl": b"}."}), PLAIN),
+    "TorchScript": (lambda: archive(**{"constants.pkl": COMMAND, "data.pkl": COMMAND}), PLAIN),
+    "zip bomb": (lambda: archive(**{"data/0": bytes(4 << 20)}), PLAIN),
+    "empty": (lambda: b"", PLAIN),
+    "header cut short": (lambda: safetensors_of(b"{", size=100), PLAIN),
+    "giant header": (lambda: safetensors_of(b"{}", size=1 << 60), "header is larger"),
+    "large header": (lambda: safetensors_of(b" " * (5 << 20)), "header is larger"),
+    "giant shape": (lambda: describing(1 << 40, 1 << 40), PLAIN),
+    "giant shape of nothing": (lambda: describing(0, 1 << 62, offsets=(0, 0), data=b""), ""),
+    "many axes": (lambda: describing(*[1] * 100_000, offsets=(0, 4), data=bytes(4)), ""),
+    "offsets beyond the end": (lambda: describing(1 << 30, offsets=(0, 4 << 30)), PLAIN),
+    "offsets backwards": (lambda: describing(4, offsets=(16, 0)), PLAIN),
+    "overlapping tensors": (
+        lambda: safetensors_of(
+            {str(i): {"dtype": "U8", "shape": [16], "data_offsets": [0, 16]} for i in range(1000)},
+            bytes(16),
         ),
-        "a nested tuple twice",
+        PLAIN,
     ),
-    "bytes without end": (
-        lambda: archive_of(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R."),
-        "names builtins bytearray",
-    ),
-    "a set": (lambda: saved({"a": {1, 2}}), "names __builtin__ set"),
-    "zip bomb": (
-        lambda: archive_of(
-            instructions_of({"moments": torch.ones(4)}),
-            zipfile.ZIP_DEFLATED,
-            **{"data/0": bytes(32 << 20)},
+    "unknown kind of number": (lambda: describing(4, dtype="F24"), PLAIN),
+    "many names": (
+        lambda: safetensors_of(
+            {f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
         ),
-        "a member is compressed",
+        "holds no minrl agent",
     ),
-    "overlapping members": (overlapping_members, "members are larger than the file|Overlapped"),
-    "giant storage": (
-        lambda: archive_of(
-            instructions_of(TENSOR, (b"K\x04tq", b"\x8a\x05\x00\x00\x00\x00\x02tq"))
-        ),
-        "record size|does not match",
+    "deep header": (lambda: safetensors_of(b'{"a":' * 100_000), PLAIN),
+    "deep JSON": (lambda: sealed("[" * 1_000_000), "its JSON cannot be read"),
+    "many lists": (lambda: sealed("[" + "[]," * 1_300_000 + "[]]"), "its JSON cannot be read"),
+    "many lists in an object": (
+        lambda: sealed('{"a":[' + "[]," * 600_000 + '[]],"sha256":""}'),
+        "does not match its SHA-256",
     ),
-    "giant shape": (
-        lambda: saved({"a": torch.ones(1).expand(1 << 20, 1 << 20)}),
-        r"a tensor of shape \(1048576, 1048576\) has fewer values",
+    "a number without end": (lambda: sealed('{"a": ' + "9" * 10_000 + "}"), "cannot be read"),
+    "JSON of another kind": (lambda: sealed("[1, 2]"), "its JSON cannot be read"),
+}
+# Trainer states that are sound files.
+TREES = {
+    "no tree": (lambda: pack_weights(TENSORS, {}), "moments has no place in it"),
+    "no dict": (lambda: tree_of([LEAF]), "it is no dict"),
+    "a tensor": (lambda: tree_of(LEAF), "it is no dict"),
+    "a tensor twice": (lambda: tree_of({"tuple": [LEAF, LEAF]}), "is not there, or was used"),
+    "a tensor that is not there": (lambda: tree_of({"tensor": "x"}), "the tensor x is not there"),
+    "a tensor without a place": (lambda: tree_of({"dict": []}), "moments has no place in it"),
+    "a call": (lambda: tree_of({"call": ["os.system", "touch was-run"]}), "unknown kind"),
+    "an object with more keys": (lambda: tree_of({**LEAF, "dict": []}), "unknown kind"),
+    "an object without keys": (lambda: tree_of({}), "unknown kind"),
+    "a name that is a list": (lambda: tree_of({"tensor": ["moments"]}), "unknown kind"),
+    "a list as a key": (lambda: tree_of({"dict": [[["a"], 1]]}), "other than keys and values"),
+    "a bool as a key": (lambda: tree_of({"dict": [[True, 1]]}), "other than keys and values"),
+    "half a pair": (lambda: tree_of({"dict": [["a"]]}), "other than keys and values"),
+    "infinity": (lambda: tree_of({"dict": [["a", float("inf")]]}), "inf is not finite"),
+    "nan": (lambda: tree_of({"dict": [["a", float("nan")]]}), "nan is not finite"),
+    "deep tuples": (lambda: tree_of(nested("tuple", 60)), "nested more than 50 deep"),
+    "many dicts": (
+        lambda: tree_of({"tuple": [{"dict": []} for _ in range(200_000)]}, {}),
+        "it is no dict",
     ),
-    "shape beyond its storage": (
-        lambda: archive_of(
-            instructions_of(TENSOR, (b"K\x00K\x04\x85", b"K\x00\x8a\x05\x00\x00\x00\x00\x02\x85"))
-        ),
-        "out of bounds|resize storage",
-    ),
-    "no dict": (lambda: saved([1, 2]), "it is no dict"),
-    "cut short": (lambda: archive_of(b"\x80\x02}q"), "not enough data"),
-    "an empty stack": (lambda: archive_of(b"\x80\x02s."), "index out of range|pop from empty"),
 }
 
+
+def nested(kind, depth):
+    tree = LEAF
+    for _ in range(depth):
+        tree = {kind: [tree]}
+    return tree
+
+
 LOAD_ALL = """
-import encodings.cp437, json, pathlib, resource, sys  # the encoding of names in zip files
-from minrl.agents.checkpoint import CheckpointFolder
+import json, pathlib, resource, sys
+from minrl.agents.checkpoint import CheckpointFolder, load_weights
 from minrl.errors import CheckpointError
 
 folder = CheckpointFolder(pathlib.Path("folder"))
 folder.trainer_state(0)
-try:
-    folder.trainer_state(1)
-except CheckpointError:  # whatever is imported late is there now
-    pass
 executed = []
 sys.addaudithook(
     lambda event, arguments: executed.append(f"{event} {arguments[:1]}")
@@ -184,43 +172,39 @@ sys.addaudithook(
     or event in ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.mkdir")
     else None
 )
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for step in folder.steps()[2:]:
-    before = peak
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for step in folder.steps()[1:]:
+    messages = []
     executed.clear()
-    try:
-        folder.trainer_state(step)
-    except CheckpointError as error:
-        message = str(error)
-    else:
-        message = "loaded"
+    for read in (lambda: load_weights(folder.weights(step)), lambda: folder.trainer_state(step)):
+        try:
+            read()
+        except CheckpointError as error:
+            messages.append(str(error))
+        else:
+            messages.append("loaded")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps([step, message, executed, (peak - before) << 10]), flush=True)
+    print(json.dumps([step, messages, executed, (peak - before) << 10]), flush=True)
 """
 
 
 def plant(folder, step, content):
     """Write a checkpoint whose digests are right: they keep out damage, not malice."""
-    from minrl.agents import checkpoint
-
-    weights, trainer, record = folder._files(step)
     folder.path.mkdir(exist_ok=True)
-    weights.write_bytes(b"")
-    trainer.write_bytes(content)
-    digests = {path.name: checkpoint.digest_of(path.read_bytes()) for path in (weights, trainer)}
-    record.write_text(checkpoint._seal({"step": step, "files": digests}))
+    paths = [folder._file(step, suffix) for suffix in ("safetensors", "trainer.safetensors")]
+    for path in paths:
+        path.write_bytes(content)
+    known = {"format": 2, "step": step, "files": {path.name: digest_of(content) for path in paths}}
+    folder._file(step, "json").write_text(checkpoint._seal(known))
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
     """What loading said of each payload, what it executed, and the memory it took."""
-    from minrl.agents.checkpoint import CheckpointFolder
-
     path = tmp_path_factory.mktemp("run")
-    folder = CheckpointFolder(path / "folder")
-    plant(folder, 0, saved({"moments": torch.ones(4), "rates": [(0.9, 0.99)] * 2}))
-    plant(folder, 1, saved({1, 2}))
-    for step, (payload, _) in enumerate(PAYLOADS.values(), 2):
+    folder = checkpoint.CheckpointFolder(path / "folder")
+    plant(folder, 0, tree_of({"dict": [["moments", LEAF]]}))
+    for step, (payload, _) in enumerate([*FILES.values(), *TREES.values()], 1):
         plant(folder, step, payload())
     done = subprocess.run(
         [sys.executable, "-c", LOAD_ALL], cwd=path, capture_output=True, text=True
@@ -228,72 +212,52 @@ def verdicts(tmp_path_factory):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"after {rows[-1:]}: {done.stderr}"
     assert not (path / "was-run").exists()
-    return {kind: row[1:] for kind, row in zip(PAYLOADS, rows, strict=True)}
+    return {kind: row[1:] for kind, row in zip([*FILES, *TREES], rows, strict=True)}
 
 
-@pytest.mark.parametrize("kind", PAYLOADS)
-def test_hostile_trainer_state_is_refused_and_not_executed(verdicts, kind):
-    message, executed, memory = verdicts[kind]
-    assert "trainer.pt cannot be read as trainer state: " in message
-    assert re.search(PAYLOADS[kind][1], message), message
+@pytest.mark.parametrize("kind", [*FILES, *TREES])
+def test_hostile_files_are_refused_and_not_executed(verdicts, kind):
+    (weights, trainer), executed, memory = verdicts[kind]
+    message = (FILES | TREES)[kind][1]
+    assert "trainer.safetensors cannot be read as trainer state: " in trainer
+    assert re.search(message, trainer), trainer
+    if kind in FILES:
+        assert re.search(message, weights), weights
+        assert weights != "loaded"
     assert executed == []
     assert memory <= MOST_MEMORY
 
 
-def test_what_training_saves_is_read(tmp_path):
-    model = torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(20)])
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.9)).state_dict()
-    for index, parameter in enumerate(model.parameters()):  # as after a step
-        optimizer["state"][index] = {"step": torch.tensor(1.0), "exp_avg": parameter.detach() / 3}
-    state = {
-        "step": 10**12,
-        "none": None,
-        "long": list(range(2500)),
-        "rates": [0.5, -1, (1, 2.0)],
-        "text": "\u03b1",
-        "flags": {"yes": True, 3: False},
-        "model": model.state_dict(),
-        "optimizer": optimizer,
-        "other": [torch.zeros(0), torch.tensor(3), torch.ones(2, 3).T, torch.ones(4)[1:]],
-        "kinds": [
-            torch.ones(2, dtype=kind)
-            for kind in (torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
-        ],
-    }
-    found = read_trainer_state(saved(state))
-    assert found.keys() == state.keys()
-    for name in ("step", "none", "long", "rates", "text", "flags"):
-        assert found[name] == state[name]
-    assert found["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
-    for one, other in zip(
-        found["other"] + found["kinds"], state["other"] + state["kinds"], strict=True
-    ):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    for index, moments in state["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(found["optimizer"]["state"][index][name], value)
-    assert all(torch.equal(found["model"][name], v) for name, v in state["model"].items())
+def agent_file(path, change, **shape):
+    """Write an agent's file of a few kilobytes with something else in its header."""
+    model = TrajectoryModel(5, 2, ModelConfig(width=16, num_layers=1, **shape))
+    DecisionAgent(model, target_return=1.0).save(path)
+    tensors, header = load_weights(path)
+    change(header)
+    path.write_bytes(pack_weights(tensors, header))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message", "built_on"),
-    [
-        ("width", 1 << 14, "the model's embed_return.weight is", [{"meta"}]),
-        ("num_layers", 1 << 30, "more layers than it has weights", []),
-        ("num_layers", 2, "the model has no backbone", [{"meta"}]),
-        ("tokens", "none", "tokens must be one of", []),
-        ("width", "wide", "not supported between", []),
-    ],
-)
+TRANSFORMER = {"backbone": "transformer", "attention_context": 20}
+NEVER_BUILT = {
+    "wide": ({"width": 1 << 14}, "the model's embed_return.weight is", [{"meta"}]),
+    "deep": ({"num_layers": 1 << 30}, "more layers than it has weights", []),
+    "two layers": ({"num_layers": 2}, "the model has no backbone", [{"meta"}]),
+    "tokens": ({"tokens": "none"}, "tokens must be one of", []),
+    "text": ({"width": "wide"}, "width must be a whole number, not 'wide'", []),
+    "float": ({"width": 16.0}, "width must be a whole number, not 16.0", []),
+    "scale": ({"return_scale": 10**400}, "return_scale must be a number or nothing", []),
+    "infinite scale": ({"return_scale": float("inf")}, "must be positive and finite", []),
+    "bias": ({"forget_bias": float("nan")}, "forget_bias must be finite", []),
+}
+
+
+@pytest.mark.parametrize("kind", NEVER_BUILT)
 def test_an_agent_that_describes_what_it_does_not_hold_is_refused_unbuilt(
-    field, value, message, built_on, tmp_path, monkeypatch
+    kind, tmp_path, monkeypatch
 ):
-    model = TrajectoryModel(5, 2, ModelConfig(width=16, num_layers=1))
-    DecisionAgent(model, target_return=1.0).save(tmp_path / "agent.safetensors")
-    tensors, header = load_weights(tmp_path / "agent.safetensors")
-    header["model"]["config"][field] = value
-    (tmp_path / "agent.safetensors").write_bytes(pack_weights(tensors, header))
+    fields, message, built_on = NEVER_BUILT[kind]
+    path = tmp_path / "agent.safetensors"
+    agent_file(path, lambda header: header["model"]["config"].update(fields))
     plain, devices = TrajectoryModel.__init__, []
 
     def note_devices(self, *arguments):
@@ -302,5 +266,104 @@ def test_an_agent_that_describes_what_it_does_not_hold_is_refused_unbuilt(
 
     monkeypatch.setattr(TrajectoryModel, "__init__", note_devices)
     with pytest.raises(CheckpointError, match=f"does not fit this version of minrl: .*{message}"):
-        DecisionAgent.load(tmp_path / "agent.safetensors")
+        DecisionAgent.load(path)
     assert devices == built_on
+
+
+NAN = float("nan")
+HEADERS = {
+    "attention": (lambda h: h["model"]["config"].update(attention_context=10**7), "takes about"),
+    "endless attention": (
+        lambda h: h["model"]["config"].update(attention_context=2**62),
+        "takes about",
+    ),
+    "window": (
+        lambda h: h["acting"].update(refresh_every=1, context=2 * 10**7),
+        "a window of 20000000 steps takes about",
+    ),
+    "endless window": (lambda h: h["acting"].update(refresh_every=9, context=10**30), "takes"),
+    "no window": (lambda h: h["acting"].update(context=0), "context must be a whole number from 1"),
+    "window of text": (lambda h: h["acting"].update(context="20"), "context must be a whole"),
+    "refresh": (lambda h: h["acting"].update(refresh_every=-1), "refresh_every must be a whole"),
+    "huge target": (lambda h: h["acting"].update(target_return=10**400), "too large"),
+    "nan target": (lambda h: h["acting"].update(target_return=NAN), "target_return must be a fin"),
+    "infinite target": (lambda h: h["acting"].update(target_return=-NAN), "target_return must be"),
+    "no target": (lambda h: h["acting"].update(target_return=None), "target_return must be a fin"),
+    "no acting": (lambda h: h.pop("acting"), "'acting'"),
+    "other acting": (lambda h: h.update(acting=[1]), "must be a mapping"),
+    "no model": (lambda h: h.update(model=None), "not subscriptable"),
+    "no config": (lambda h: h["model"].update(config=5), "not subscriptable"),
+    "sizes": (lambda h: h["model"].update(observation_size=-1), "negative dimension"),
+    "dataset": (lambda h: h.update(dataset=[1]), "its dataset is"),
+    "reference": (lambda h: h.update(dataset={"reference_min": "0"}), "its reference_min is '0'"),
+    "environment": (lambda h: h.update(environment=["os:system"]), "its environment is"),
+    "step": (lambda h: h.update(step="last"), "its step is 'last'"),
+}
+LOAD_AGENTS = """
+import json, pathlib, resource, sys
+import numpy as np
+from minrl import DecisionAgent
+
+sound, *paths = sorted(pathlib.Path().glob("*.safetensors"))
+DecisionAgent.load(sound).act(np.zeros((1, 5), np.float32))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in paths:
+    try:
+        DecisionAgent.load(path).act(np.zeros((1, 5), np.float32))
+        message = "acted"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([message, (peak - before) << 10]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What loading and acting said of each agent's file, and the memory it took."""
+    path = tmp_path_factory.mktemp("agents")
+    agent_file(path / "000.safetensors", lambda header: None, **TRANSFORMER)
+    for number, (change, _) in enumerate(HEADERS.values(), 1):
+        agent_file(path / f"{number:03}.safetensors", change, **TRANSFORMER)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_AGENTS], cwd=path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip(HEADERS, rows, strict=True))
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_hostile_header_of_an_agent_is_refused_at_little_memory(answers, kind):
+    message, memory = answers[kind]
+    assert message.startswith("CheckpointError: "), message
+    assert "does not fit this version of minrl: " in message
+    assert re.search(HEADERS[kind][1], message), message
+    assert memory <= MOST_MEMORY
+
+
+def test_a_thousand_steps_of_a_window_are_allowed():
+    window = {"backbone": "transformer", "attention_context": 1000, "tokens": "interleaved"}
+    model = TrajectoryModel(5, 2, ModelConfig(width=16, num_layers=1, **window))
+    agent = DecisionAgent(model, target_return=1.0, context=1000, refresh_every=1)
+    assert np.isfinite(agent.act(np.zeros((1, 5), np.float32))).all()
+
+
+def test_a_window_asked_for_later_is_checked_when_it_is_made():
+    small = TrajectoryModel(5, 2, ModelConfig(width=16, num_layers=1))
+    agent = DecisionAgent(small, target_return=1.0, context=10**9)  # of training; not acted with
+    agent.act(np.zeros((1, 5), np.float32))
+    agent.refresh_every = 1
+    with pytest.raises(ConfigError, match="a window of 1000000000 steps takes about"):
+        agent.act(np.zeros((2, 5), np.float32))
+
+
+@pytest.mark.parametrize("target", [float("nan"), float("inf"), None, "9"])
+def test_a_target_that_is_no_finite_number_is_refused(target):
+    model = TrajectoryModel(5, 2, ModelConfig(width=16, num_layers=1))
+    with pytest.raises(ConfigError, match="target_return must be a finite number"):
+        DecisionAgent(model, target_return=target)
+    agent = DecisionAgent(model, target_return=1.0)
+    if target is not None:
+        with pytest.raises(ConfigError, match="target_return must be a finite number"):
+            agent.reset(target_return=target)
