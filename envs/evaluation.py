@@ -15,7 +15,7 @@ from minrl.errors import EnvError
 
 
 @functools.cache
-def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
+def student_t_quantile(confidence: float, degrees_of_freedom: float) -> float:
     """Return the t with ``P(|T| < t) = confidence`` for Student's distribution.
 
     With ``t = sqrt(n) tan(angle)`` the density becomes ``cos(angle)^(n-1)`` on a bounded interval,

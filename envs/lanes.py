@@ -56,6 +56,24 @@ def activity(row: np.void) -> str:
     return _DOING[int(row["doing"])]
 
 
+def to_numbers(value: Any, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return an array in a type, and which of its elements are finite before and after.
+
+    Raises:
+        EnvError: it is not an array of numbers.
+    """
+    try:
+        array = np.asarray(value)
+        finite = np.isfinite(array)
+        if array.dtype != dtype:
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found here
+                array = array.astype(dtype)
+            finite &= np.isfinite(array)
+    except Exception as error:  # whatever it raises when it is looked at
+        raise EnvError(f"not an array of numbers: {error}") from error
+    return array, finite
+
+
 def close_all(environments: Sequence[Any]) -> list[str]:
     """Close every environment, whatever the others do; return what went wrong."""
     problems = []
@@ -164,16 +182,9 @@ class Lanes:
         """Check an observation and put it into the table, in the type of its space."""
         kept = self._columns["observation"]
         try:
-            array = np.asarray(observation)
-            finite = np.isfinite(array)
-            if array.dtype != kept.dtype:
-                with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found here
-                    array = array.astype(kept.dtype)
-                finite &= np.isfinite(array)
-        except (TypeError, ValueError) as error:
-            raise EnvError(
-                f"{self._place(row)} gave an observation that is not an array of numbers: {error}"
-            ) from error
+            array, finite = to_numbers(observation, kept.dtype)
+        except EnvError as error:
+            raise EnvError(f"{self._place(row)} gave an observation that is {error}") from error
         if array.shape != kept.shape[1:]:
             raise EnvError(
                 f"{self._place(row)} gave an observation of shape {array.shape}, but its space "

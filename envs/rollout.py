@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from minrl.envs.evaluation import Evaluation, EvaluationError
-from minrl.envs.lanes import Lanes, place
+from minrl.envs.lanes import Lanes, place, to_numbers
 from minrl.envs.make import make_limited_envs
 from minrl.envs.workers import WorkerLanes
 from minrl.errors import EnvError
@@ -65,22 +65,23 @@ class _AnyLanes(Protocol):
 
 def _check_actions(actions: np.ndarray, lanes: _AnyLanes) -> np.ndarray:
     """Return the actions, or say what is wrong with them."""
-    actions, table = np.asarray(actions), lanes.table
-    expected = table["action"].shape
-    if actions.shape == expected and np.isfinite(actions).all():
-        return actions
+    table, expected = lanes.table, lanes.table["action"]
     playing = np.flatnonzero(table["episode"] >= 0)
-    if actions.shape != expected:
+    try:
+        array, finite = to_numbers(actions, expected.dtype)
+    except EnvError as error:
+        where = place(lanes.name, table[playing[0]])
+        raise EnvError(f"what the agent gave as actions in {where} is {error}") from error
+    if array.shape != expected.shape:
         raise EnvError(
-            f"the agent's actions have shape {actions.shape}, but {expected} is needed in "
+            f"the agent's actions have shape {array.shape}, but {expected.shape} is needed in "
             f"{place(lanes.name, table[playing[0]])}; was the agent trained for another "
             "environment?"
         )
-    for row in playing:
-        if not np.isfinite(actions[row]).all():
-            where = place(lanes.name, table[row])
-            raise EnvError(f"the agent's action {actions[row]} is not finite in {where}")
-    return actions
+    for row in playing[~finite[playing].all(axis=1)]:
+        where = place(lanes.name, table[row])
+        raise EnvError(f"the agent's action {array[row]} is not finite in {where}")
+    return array
 
 
 def play_episodes(

@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 from typing import Any, BinaryIO
 
@@ -33,28 +34,58 @@ def share_table(memory: int, row_type: np.dtype, batch: int) -> np.ndarray:
     return np.frombuffer(mapped, row_type)
 
 
+def pack(value: Any) -> Any:
+    """Return what JSON keeps of a value such that `unpack` gives the same one back.
+
+    Sequences begin with their kind, since JSON takes tuples for lists and all keys for text.
+
+    Raises:
+        TypeError: it is, or has in it, something other than numbers, text, lists and the like.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is dict:
+        return ["dict", *map(pack, value.items())]
+    if type(value) in (list, tuple):
+        return [type(value).__name__, *map(pack, value)]
+    raise TypeError(f"{value!r} is of type {type(value).__name__}")
+
+
+def unpack(packed: Any) -> Any:
+    """Return what `pack` was given."""
+    if not isinstance(packed, list):
+        return packed
+    kind, *items = packed
+    return {"dict": dict, "list": list, "tuple": tuple}[kind](map(unpack, items))
+
+
 def end_with_parent() -> None:
     """Have the system kill this process, and what it started, when the parent has gone.
 
-    The parent's end of our standard input closes then, and a file can send a signal when it
-    changes. A thread that waits for it would not get to run in every environment that hangs.
+    The parent's end of our standard input closes then, and on Linux a file can send a signal when
+    it changes. A thread that waits for it would not get to run in every environment that hangs.
     """
     import fcntl  # not on Windows, where this module is imported too
 
+    if not hasattr(fcntl, "F_SETSIG"):  # macOS, where the one signal that files send is ignored
+        wait = "exec 3<&0; { read _ <&3; kill -9 0; } &"  # a shell that does nothing else
+        subprocess.run(["/bin/sh", "-c", wait], check=True)  # noqa: S603 - our own words
+        return
     fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
-    if hasattr(fcntl, "F_SETSIG"):  # else it is SIGIO, which ends us too, unless we are stopped
-        fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
     if select.select([0], [], [], 0)[0]:  # it went before we said so
         sys.exit(1)
 
 
-def register(specification: str) -> str:
+def register(packed_spec: Any) -> str:
     """Make an environment known here as it is in the parent; return its id."""
     import gymnasium
-    from gymnasium.envs.registration import EnvSpec
+    from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-    spec = EnvSpec.from_json(specification)
+    fields = unpack(packed_spec)
+    wrappers = tuple(WrapperSpec(**wrapper) for wrapper in fields["additional_wrappers"])
+    spec = EnvSpec(**{**fields, "additional_wrappers": wrappers})
     gymnasium.registry[spec.id] = spec
     return spec.id
 

@@ -19,11 +19,13 @@ import numpy as np
 
 from minrl.envs.lanes import activity, new_row_type, place
 from minrl.envs.make import find_spec
-from minrl.envs.worker_process import share_table
+from minrl.envs.worker_process import pack, share_table
 from minrl.errors import EnvError
 
 _START_SECONDS = 60.0  # to import a simulator on a busy machine, whatever the timeout
 _EXIT_SECONDS = 2.0
+_LOOK_SECONDS = 0.2  # between looks at whether a silent process is still there
+_NOW = 1e-3  # seconds; 0 would mean another thing to a socket
 # Not python -m, which would look for modules where the parent does not.
 _PROGRAM = """
 import sys
@@ -46,20 +48,33 @@ def _importable_name(environment_id: str, maker: Any) -> str:
     return f"{module}:{name}"
 
 
-def portable_spec(environment_id: str) -> str:
-    """Return, as JSON, what another process has to know to make an environment.
+def _name(number: int) -> str:
+    """Return the name of a signal; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def portable_spec(environment_id: str) -> Any:
+    """Return what another process has to know to make an environment, for JSON.
 
     Raises:
         EnvError: the id is unknown, or the environment cannot be made elsewhere.
     """
     spec = find_spec(environment_id)
-    entry_point = _importable_name(environment_id, spec.entry_point)
+    maker = _importable_name(environment_id, spec.entry_point)
+    spec = dataclasses.replace(spec, entry_point=maker, vector_entry_point=None)
     try:
-        return dataclasses.replace(spec, entry_point=entry_point, vector_entry_point=None).to_json()
-    except (TypeError, ValueError) as error:
+        fields = dataclasses.asdict(spec)
+        return pack(
+            {field.name: fields[field.name] for field in dataclasses.fields(spec) if field.init}
+        )
+    except (TypeError, ValueError, RecursionError) as error:
         raise EnvError(
             f"what {environment_id!r} is registered with cannot be handed to worker processes "
-            f"({error}); use num_workers=0"
+            f"({error}); register it with numbers, text, lists, tuples and dicts of them, or use "
+            "num_workers=0"
         ) from error
 
 
@@ -68,9 +83,8 @@ class _Worker:
 
     def __init__(self, rows: range, memory: int) -> None:
         self.rows = rows
+        self._received = b""
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(_START_SECONDS)
-        self._stream = self._socket.makefile("rwb")
         with theirs:
             link = theirs.fileno()
             self._process = subprocess.Popen(  # noqa: S603 - our own program, no shell
@@ -81,8 +95,8 @@ class _Worker:
             )
 
     def ask(self, request: str) -> None:
-        self._stream.write(request.encode() + b"\n")
-        self._stream.flush()
+        self._socket.settimeout(_START_SECONDS)
+        self._socket.sendall(request.encode() + b"\n")
 
     def answer(self, deadline: float | None) -> dict[str, Any]:
         """Return the next answer.
@@ -91,11 +105,22 @@ class _Worker:
             EnvError: what the worker says went wrong.
             OSError, EOFError: there is no answer in time, or no worker any more.
         """
-        left = None if deadline is None else max(deadline - time.monotonic(), 1e-3)
-        self._socket.settimeout(left)
-        line = self._stream.readline()
-        if not line.endswith(b"\n"):
-            raise EOFError
+        while b"\n" not in self._received:
+            ended = self._has_ended()  # what it has forked may hold the line open
+            left = _LOOK_SECONDS if deadline is None else deadline - time.monotonic()
+            self._socket.settimeout(_NOW if ended else min(max(left, _NOW), _LOOK_SECONDS))
+            try:
+                received = self._socket.recv(2**16)
+            except TimeoutError:
+                if ended:
+                    raise EOFError from None
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+                continue
+            if not received:
+                raise EOFError
+            self._received += received
+        line, _, self._received = self._received.partition(b"\n")
         message = json.loads(line)
         if message["error"] is not None:
             raise EnvError(message["error"])
@@ -109,26 +134,32 @@ class _Worker:
                 if "problems" in message:
                     return message["problems"]
 
-    def wait(self, seconds: float) -> str:
-        """Wait for a process that is leaving; say how it did."""
-        try:
-            status = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return "broke off the connection"
-        if status < 0:
-            return f"was killed by {signal.Signals(-status).name}"
-        return f"ended with exit status {status}"
-
-    def kill(self) -> None:
-        """End the process and what it started, whatever they are doing."""
+    def end(self, deadline: float) -> str:
+        """Let the process leave until a deadline, end it and what it started; say how it did."""
+        while not (left := self._has_ended()) and time.monotonic() < deadline:
+            time.sleep(_NOW)
+        # Before it is waited for, after which its number may be that of another group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
         self._process.stdin.close()
-        with contextlib.suppress(OSError):  # what could not be sent
-            self._stream.close()
         self._socket.close()
+        if not left:
+            return "broke off the connection"
+        status = self._process.returncode
+        return (
+            f"ended with exit status {status}" if status >= 0 else f"was killed by {_name(-status)}"
+        )
+
+    def _has_ended(self) -> bool:
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13
+            return self._process.poll() is not None
+        try:
+            states = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, states) is not None
+        except ChildProcessError:  # a parent that ignores SIGCHLD is told no more than this
+            return True
 
 
 class WorkerLanes:
@@ -215,26 +246,20 @@ class WorkerLanes:
         """
         patience = self._timeout if patience is None else patience
         deadline = None if patience is None else time.monotonic() + patience
-        problems = []
+        problems, leave_by = [], 0.0  # at once, should we be interrupted
         try:
             for worker in self._workers:
                 with contextlib.suppress(OSError):  # a dead one gives no answer either
                     worker.ask("close")
-            leaving = []
-            for worker in self._workers:
+            for worker in list(self._workers):
                 try:
                     problems += worker.closed(deadline)
-                    leaving.append(worker)
-                except TimeoutError:
-                    problems.append(f"no answer in {patience:g} s; its process was killed")
-                except (OSError, EOFError):
-                    problems.append(f"its process {worker.wait(_EXIT_SECONDS)}")
-            deadline = time.monotonic() + _EXIT_SECONDS
-            for worker in leaving:
-                worker.wait(max(deadline - time.monotonic(), 0.0))
+                except (OSError, EOFError) as error:
+                    problems.append(f"its process {self._lose(worker, error, patience)}")
+            leave_by = time.monotonic() + _EXIT_SECONDS
         finally:
             for worker in self._workers:
-                worker.kill()
+                worker.end(leave_by)
             self._workers.clear()
             self._memory.close()
         return problems
@@ -252,17 +277,21 @@ class WorkerLanes:
             except EnvError as error:
                 failures.append(error)
             except (OSError, EOFError) as error:
-                failures.append(self._lose(worker, error, timeout))
+                fate = self._lose(worker, error, timeout)
+                failures.append(self._last_seen(worker, fate))
         if failures:
             raise failures[0]
         return answers
 
-    def _lose(self, worker: _Worker, error: Exception, timeout: float | None) -> EnvError:
-        """Do without a worker that gives no answer; return what to tell about it."""
+    def _lose(self, worker: _Worker, error: Exception, timeout: float | None) -> str:
+        """Do without a worker that gives no answer; say what became of its process."""
         late = isinstance(error, TimeoutError)
-        fate = f"gave no answer in {timeout:g} s" if late else worker.wait(_EXIT_SECONDS)
-        worker.kill()
+        fate = worker.end(0.0 if late else time.monotonic() + _EXIT_SECONDS)
         self._workers.remove(worker)
+        return f"gave no answer in {timeout:g} s" if late else fate
+
+    def _last_seen(self, worker: _Worker, fate: str) -> EnvError:
+        """Return what to tell of the rows of a worker that is lost."""
         rows = self.table[worker.rows.start : worker.rows.stop]
         if not len(rows):
             return EnvError(f"environment {self.name!r} cannot be made: its process {fate}")

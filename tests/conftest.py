@@ -1,7 +1,8 @@
-"""Fixtures for all tests: no network, no file outside a temporary folder (but compiled kernels)."""
+"""Fixtures for all tests: no network, no file outside a temporary folder (but our cache)."""
 
 import contextlib
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from hypothesis import settings
 # Set before any test imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# No connections to other machines, neither from here nor from the processes that tests start.
+OFFLINE = str(Path(__file__).parent / "offline")
+if OFFLINE not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    os.environ["PYTHONPATH"] = os.pathsep.join([OFFLINE, *filter(None, paths)])
+    runpy.run_path(f"{OFFLINE}/sitecustomize.py")
 
 # PyTorch imports Triton at some time, which ends the process if the LLVM of Mesa, which renders,
 # is loaded already; the other way round they get on.
@@ -30,6 +37,13 @@ def datasets_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("datasets")
     os.environ["MINARI_DATASETS_PATH"] = str(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tests that are marked so open connections."""
+    if request.node.get_closest_marker("network"):
+        monkeypatch.setenv("MINRL_TEST_NETWORK", "1")
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,7 @@ def test_impossible_sizes_name_the_field_and_the_range(numbered, settings, messa
         WindowSampler(numbered, **({"context": 5, "batch_size": 8, "seed": 0} | settings))
 
 
+@pytest.mark.slow
 def test_a_batch_of_64_windows_of_20_takes_under_a_millisecond(make_episodes, info):
     episodes = Episodes.from_episodes(make_episodes([500] * 400), info)
     sampler = WindowSampler(episodes, context=20, batch_size=64, seed=0)

@@ -5,6 +5,7 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from minrl.envs.make import make_env
@@ -160,6 +161,7 @@ FAULTS = {  # what a step answers instead
     "observation": lambda observation, *rest: (observation * [1, np.nan], *rest),
     "nothing": lambda _, *rest: (None, *rest),
     "words": lambda _, *rest: (["left", "right"], *rest),
+    "tensor": lambda observation, *rest: (torch.tensor(observation).requires_grad_(), *rest),
     "shape": lambda observation, *rest: (observation[:1], *rest),
     "reward": lambda observation, _, *rest: (observation, np.inf, *rest),
     "no reward": lambda observation, _, *rest: (observation, None, *rest),
@@ -190,6 +192,7 @@ def test_short_episodes_are_not_favoured(countdown):
         ("observation", r"observation that is not finite at index \[1\]"),
         ("nothing", "observation that is not an array of numbers"),
         ("words", "observation that is not an array of numbers"),
+        ("tensor", "observation that is not an array of numbers: Can't call numpy"),
         ("reward", "gave the reward inf"),
         ("no reward", "cannot take action.*TypeError.*NoneType"),
         ("shape", r"observation of shape \(1,\), but its space says \(2,\)"),
@@ -261,6 +264,9 @@ def test_an_environment_that_cannot_close_costs_a_warning_and_no_result(countdow
         (np.full((4, 1), np.nan), "is not finite in environment 'Countdown-v0', episode 0, step 0"),
         (np.zeros((4, 2)), r"shape \(4, 2\), but \(4, 1\) is needed"),
         (np.zeros(4), r"shape \(4,\), but \(4, 1\) is needed"),
+        (np.full((4, 1), 1e300), r"action \[inf\] is not finite in environment 'Countdown-v0'"),
+        (torch.zeros(4, 1, requires_grad=True), "gave as actions in .* step 0 is not an array of"),
+        (np.full((4, 1), "left"), "is not an array of numbers: ufunc 'isfinite' not supported"),
     ],
 )
 def test_wrong_actions_are_refused(countdown, action, message):

@@ -27,10 +27,26 @@ def raise_error(reason):
     raise OSError(reason)
 
 
+def die_and_leave_a_copy():
+    """The copy holds all that is open, so that no connection breaks off."""
+    if os.fork() == 0:
+        time.sleep(1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Unreadable:
+    """As a tensor that takes gradients: an array, but not for NumPy."""
+
+    def __array__(self, *_, **__):
+        raise RuntimeError("use detach() first")
+
+
 DEADLY = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "segfault": lambda: ctypes.string_at(0),
+    "signal 40": lambda: os.kill(os.getpid(), 40),  # of those for real time, without a name
+    "fork": die_and_leave_a_copy,
     "os._exit": lambda: os._exit(3),
     "sleep": lambda: time.sleep(1000),
     "stuck": hang_holding_the_interpreter,
@@ -44,18 +60,19 @@ class Faulty(gymnasium.Env):
     """Episodes of 3 to 9 random rewards.
 
     Args:
-        fault: of ``DEADLY``, or "observation", "reward", "shape", "nothing" (a None).
+        fault: of ``DEADLY``, or "observation", "reward", "shape", "nothing" (a None), "tensor".
         where: "reset", "step" (the third), "close" or "init".
         episode: to fail in.
         mark: a file that says that it has come to the fault.
         helper: whether it starts a program of its own.
+        told: to be quoted in an error, so that it shows what has arrived.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = spaces.Box(-1.0, 1.0, (1,))
 
-    def __init__(self, fault=None, where="step", episode=0, mark=None, helper=False):
-        self.fault, self.where, self.mark = fault, where, mark
+    def __init__(self, fault=None, where="step", episode=0, mark=None, helper=False, told=None):
+        self.fault, self.where, self.mark, self.told = fault, where, mark, told
         self.episode_seed = seed_of(episode)
         self.seed = None
         self.helper = subprocess.Popen(["sleep", "1000"]) if helper else None
@@ -73,6 +90,8 @@ class Faulty(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.seed, self.steps = seed, 0
+        if self.told is not None:
+            raise_error(repr(self.told))
         self.left = int(self.np_random.integers(3, 10))
         self.fail_in("reset")
         return self.observe(), {}
@@ -91,6 +110,8 @@ class Faulty(gymnasium.Env):
             observation = observation[:1]
         if poisoned and self.fault == "nothing":
             observation = None
+        if poisoned and self.fault == "tensor":
+            observation = Unreadable()
         self.steps += 1
         self.left -= 1
         return observation, reward, self.left == 0, False, {}

@@ -10,6 +10,7 @@ import torch
 from minrl import DecisionAgent
 from minrl.agents.trajectory import ModelConfig
 from minrl.data.episodes import DatasetInfo, Episode, Episodes
+from minrl.scripts import train as train_module
 from minrl.scripts.train import build_model
 from minrl.scripts.train_config import TrainConfig
 
@@ -59,16 +60,34 @@ def test_normalisation_is_finite_and_that_of_two_passes(kind, lengths):
     assert np.isfinite(agent.act(episodes.observations[:1])).all()
 
 
-def test_only_what_is_trained_on_is_looked_at():
+def test_only_what_is_trained_on_is_looked_at(monkeypatch, tmp_path):
+    """Through the whole of ``train``, with a task whose held-out episodes are all poison."""
     values = np.random.default_rng(0).normal(size=(1001, 3)).astype(np.float32)
     episodes = make_episodes(values, [100] * 10)
     training, held_out = episodes.split(0.3, seed=0)
-    held_out.observations[:] = 1e6
-    model = build_model(CONFIG, training)
-    assert np.abs(model.observation_mean.numpy()).max() < 1
-    np.testing.assert_allclose(
-        model.observation_mean.numpy(), training.observations.mean(0, dtype=np.float64), rtol=1e-6
+    expected = training.observations.mean(0, dtype=np.float64)
+    poisoned = held_out.observations[:, 0]
+    for row in np.flatnonzero(np.isin(episodes.observations[:, 0], poisoned)):
+        episodes.observations[row] = 1e6
+    monkeypatch.setattr(train_module, "load_dataset", lambda *_, **__: episodes)
+    config = dataclasses.replace(
+        CONFIG,
+        dataset=("test/toy-v0",),
+        run_dir=tmp_path / "run",
+        held_out=0.3,
+        context=10,
+        batch_size=4,
+        steps=1,
+        eval_every=1,
+        log_every=1,
+        targets=(1.0,),
+        device="cpu",
     )
+    path = train_module.train(config)
+    model = DecisionAgent.load(path).model
+    assert np.abs(model.observation_mean.numpy()).max() < 1
+    np.testing.assert_allclose(model.observation_mean.numpy(), expected, rtol=1e-6)
+    assert model.observation_std.numpy().max() < 2
 
 
 def test_normalisation_comes_back_bit_for_bit(tmp_path):

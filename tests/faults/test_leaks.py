@@ -6,11 +6,14 @@ import os
 import threading
 from pathlib import Path
 
+import gymnasium
 import pytest
 from children import ask
+from faulty_environment import Faulty, Steady
 
 from minrl import DecisionAgent, evaluate, load_dataset
 from minrl.agents.trajectory import ModelConfig
+from minrl.envs.rollout import EvaluationError
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
 
@@ -44,10 +47,17 @@ def resources():
 
 
 def live_once(config, path):
-    """Load, train, save, evaluate, act."""
+    """Load, train, save, evaluate here and in a worker, also where one dies, act."""
     train(dataclasses.replace(config, run_dir=path))
     agent = DecisionAgent.load(path)
-    evaluate(agent, config.environment, episodes=2, target_return=-300.0, seed=0)
+    for workers in (0, 1):
+        plan = {"episodes": 2, "target_return": -300.0, "num_workers": workers}
+        evaluate(agent, config.environment, max_episode_steps=5, **plan)
+    kwargs = {"fault": "SIGKILL", "helper": True}
+    gymnasium.register("Faulty-v0", entry_point=Faulty, max_episode_steps=9, kwargs=kwargs)
+    with pytest.raises(EvaluationError, match="was killed by SIGKILL"):
+        evaluate(Steady(), "Faulty-v0", episodes=2, num_workers=1)
+    gymnasium.registry.pop("Faulty-v0")
     agent.reset()
     agent.act(load_dataset(config.dataset).observations[0])
 

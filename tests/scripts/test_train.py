@@ -115,7 +115,17 @@ def test_an_environment_that_fails_costs_the_evaluation_and_not_the_training(
     run = RunFolder(tmp_path / "run")
     assert run.is_finished()
     assert run.checkpoints.header(4)["score"] is None
+    assert not run.was_evaluated(run.read_config(), 4)
     assert "eval/action_error" in run.read_metrics()[-1]
+
+
+def test_a_step_without_episodes_to_play_is_evaluated_all_the_same(hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, steps=4, eval_episodes=0, final_episodes=0))
+    run = RunFolder(path)
+    header = run.checkpoints.header(4)
+    assert (header["evaluated"], header["score"]) == (True, None)
+    assert run.was_evaluated(run.read_config(), 4)
 
 
 def test_same_seed_same_run(finished, hopper_id, tmp_path):
@@ -318,6 +328,11 @@ WRONG = {
         r"the data is from Hopper-v5 \(11 observations, 3 actions\), not from Walker2d-v5 \(17",
     ),
     "no-folder": ({"run_dir": Path(__file__) / "run"}, ConfigError, r"cannot be made.*directory"),
+    "endless attention": (
+        {"model": ModelConfig("transformer", width=16, attention_context=10**8)},
+        ConfigError,
+        "acting with this attention_context takes about",
+    ),
     "device": ({"device": "gpu0"}, ConfigError, "device 'gpu0' cannot be used"),
 }
 

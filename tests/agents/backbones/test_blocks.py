@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minrl.agents.backbones.blocks import MIXERS, Backbone
@@ -52,32 +52,69 @@ def test_parallel_equals_step(kind):
         torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
-@every_backbone
-@given(cuts=st.lists(st.integers(1, 23), max_size=4), seed=st.integers(0, 10**6))
-def test_split_anywhere_equals_whole(kind, cuts, seed):
-    backbone = make(kind)
-    x, resets, mask = make_inputs(seed)
-    whole, last = backbone(x, resets=resets, mask=mask)
-    state, parts = None, []
-    edges = [0, *sorted(set(cuts)), 24]
-    for start, stop in pairwise(edges):
-        part = slice(start, stop)
-        y, state = backbone(x[:, part], state, resets=resets[:, part], mask=mask[:, part])
-        parts.append(y)
-    together = torch.cat(parts, 1)
-    torch.testing.assert_close(together[mask], whole[mask], atol=1e-10, rtol=0)
+@pytest.mark.parametrize("length", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "of_state"),
+    [
+        (torch.float64, 1e-10, 1e-10),
+        (torch.float32, 1e-5, 1e-5),
+        (torch.bfloat16, 2**-7, 1e-5),  # of the largest output: a unit in the last place
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("convolution", [0, 4])
+@pytest.mark.parametrize("name", ["mingru", "minlstm"])
+def test_three_blocks_act_as_they_learn(name, convolution, dtype, tolerance, of_state, length):
+    torch.manual_seed(0)
+    backbone = Backbone(64, 3, backbone=name, convolution=convolution).to(dtype).eval()
+    x = torch.randn(2, length, 64).to(dtype)
+    with torch.no_grad():
+        whole, last = backbone(x)
+        state, steps = backbone.initial_state(2), []
+        for t in range(length):
+            y, state = backbone.step(x[:, t], state)
+            steps.append(y)
+    largest = whole.abs().max() if dtype is torch.bfloat16 else 1.0
+    assert (torch.stack(steps, 1) - whole).abs().max() <= tolerance * largest
     for got, expected in zip(state, last, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+        torch.testing.assert_close(got, expected, atol=of_state, rtol=0)
 
 
+@pytest.mark.parametrize("examples", [30, pytest.param(200, marks=pytest.mark.slow)])
 @every_backbone
-def test_later_inputs_do_not_change_earlier_outputs(kind):
+def test_split_anywhere_equals_whole(kind, examples):
+    backbone = make(kind)
+
+    @settings(max_examples=examples)
+    @given(cuts=st.sets(st.integers(1, 23), max_size=8), seed=st.integers(0, 10**6))
+    @example(cuts=set(range(1, 24)), seed=0)
+    def check(cuts, seed):
+        x, resets, mask = make_inputs(seed)
+        whole, last = backbone(x, resets=resets, mask=mask)
+        state, parts = None, []
+        for start, stop in pairwise([0, *sorted(cuts), 24]):
+            part = slice(start, stop)
+            y, state = backbone(x[:, part], state, resets=resets[:, part], mask=mask[:, part])
+            parts.append(y)
+        together = torch.cat(parts, 1)
+        torch.testing.assert_close(together[mask], whole[mask], atol=1e-10, rtol=0)
+        for got, expected in zip(state, last, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+    check()
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.slow)])
+@every_backbone
+def test_later_inputs_do_not_change_earlier_outputs(kind, times):
     backbone = make(kind).float()
-    x = make_inputs()[0].float()
-    before, _ = backbone(x)
-    for t in (1, 7, 23):
+    generator = torch.Generator().manual_seed(0)
+    for draw in range(times):
+        x = make_inputs(draw, length=60)[0].float()
+        t = int(torch.randint(1, 60, (), generator=generator))
+        before, _ = backbone(x)
         changed = x.clone()
-        changed[:, t:] += 10
+        changed[:, t:] += 10 * torch.randn(changed[:, t:].shape, generator=generator)
         after, _ = backbone(changed)
         assert torch.equal(after[:, :t], before[:, :t])
         assert not torch.equal(after[:, t], before[:, t])
