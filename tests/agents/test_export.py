@@ -15,6 +15,8 @@ from minrl.agents.export import description, export_agent
 from minrl.agents.trajectory import ModelConfig
 from minrl.errors import ConfigError, ExportError
 
+pytestmark = pytest.mark.integration
+
 # torch.export and ONNX Runtime, without minrl.
 RUN = {
     "pt2": """

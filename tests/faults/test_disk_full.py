@@ -151,6 +151,7 @@ def test_metrics_that_do_not_fit_are_named_and_the_lines_before_kept(tmp_path, l
     assert all(row in rows for row in run.read_metrics())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sizes", [2, pytest.param(SIZES, marks=pytest.mark.slow)])
 def test_training_on_a_full_disk_says_so_and_loses_nothing(
     tmp_path, sizes, begun, contents_of, assert_equal

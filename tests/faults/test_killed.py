@@ -14,6 +14,7 @@ from children import FORKS, minrl, started
 
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
 
+pytestmark = pytest.mark.integration
 KILLS_WHILE_SAVING = [20, pytest.param(100, marks=pytest.mark.slow)]
 KILLS_WHILE_TRAINING = [2, pytest.param(20, marks=pytest.mark.slow)]
 PATIENCE = 120  # seconds; the machine may be busy
@@ -41,7 +42,6 @@ def stop_by(process, number):
     assert process.exitcode is not None
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("kills", KILLS_WHILE_SAVING)
 def test_no_kill_while_saving_loses_a_checkpoint(tmp_path, kills):
     generator = np.random.default_rng(0)

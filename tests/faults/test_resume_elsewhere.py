@@ -17,6 +17,8 @@ from minrl.errors import CheckpointError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def begun(train_arguments, tmp_path_factory):

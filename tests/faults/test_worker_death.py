@@ -29,7 +29,10 @@ SECONDS = 2.0  # the timeout of environments that hang, and of what goes well on
 GRACE = 5.0
 
 slow = pytest.mark.slow
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+]
 
 
 @pytest.fixture

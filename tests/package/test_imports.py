@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARTS = {"agents", "data", "envs", "scripts", "minrl"}
 
-# Parts of minrl each part may import, beside minrl.errors and minrl.cache; and what it may take from outside.
+# Parts of minrl each part may import, beside minrl.errors and minrl.cache; and what it may take
+# from outside.
 MAY_IMPORT = {
     "agents": {"agents", "data"},
     "data": {"data", "envs"},

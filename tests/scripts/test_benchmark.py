@@ -103,6 +103,7 @@ def test_scan_reports_accuracy_and_bandwidth(quick_run):
     assert "% of a copy" in output
 
 
+@pytest.mark.integration
 def test_train_compares_contexts_at_equal_tokens(quick_run):
     result, _ = quick_run("train")
     rows = result["contexts"][0]["times"]

@@ -140,7 +140,9 @@ def test_same_seed_same_run(finished, hopper_id, tmp_path):
     assert second == first[: len(second)]  # other tests may have evaluated the first run again
 
 
-@pytest.mark.parametrize("cut", [4, 7, 11])
+@pytest.mark.parametrize(
+    "cut", [7, *(pytest.param(cut, marks=pytest.mark.integration) for cut in (4, 11))]
+)
 def test_resume_after_a_signal_continues_bit_for_bit(
     finished, hopper_id, tmp_path, cut, monkeypatch
 ):

@@ -215,6 +215,7 @@ def verdicts(tmp_path_factory):
     return {kind: row[1:] for kind, row in zip([*FILES, *TREES], rows, strict=True)}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", [*FILES, *TREES])
 def test_hostile_files_are_refused_and_not_executed(verdicts, kind):
     (weights, trainer), executed, memory = verdicts[kind]
@@ -333,6 +334,7 @@ def answers(tmp_path_factory):
     return dict(zip(HEADERS, rows, strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", HEADERS)
 def test_a_hostile_header_of_an_agent_is_refused_at_little_memory(answers, kind):
     message, memory = answers[kind]
