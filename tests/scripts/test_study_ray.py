@@ -129,5 +129,5 @@ def test_an_address_without_a_cluster_is_an_error():
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(AdapterError, match=r"pip install 'minrl\[ray\]'"):
+    with pytest.raises(AdapterError, match="pip install ray"):
         RayWorkers([], "auto", cpus=1, gpus=0)
