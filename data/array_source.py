@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minrl.data.columns import Columns, fit
-from minrl.data.dataset_ids import check_id, dataset_folder
-from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
+from minrl.data.columns import Columns, fit, write_columns
+from minrl.data.dataset_ids import check_id
+from minrl.data.minari_writer import DatasetCard
 from minrl.errors import DatasetError
 
 
@@ -29,15 +29,8 @@ def import_arrays(path: str | Path, card: DatasetCard) -> None:
         DatasetError: an array is missing or of another shape than the spaces say, the file cannot
             be read, or the id is taken.
     """
-    path, dataset_id = Path(path), check_id(card.dataset_id)
-    columns = _read(path, card)
-    with dataset_lock(dataset_id):
-        if dataset_folder(dataset_id).exists():
-            raise DatasetError(
-                f"dataset {dataset_id} exists already in {dataset_folder(dataset_id)}; remove it, "
-                "or give another --id"
-            )
-        write_dataset(card, list(columns.split()))
+    check_id(card.dataset_id)
+    write_columns(_read(Path(path), card), card)
 
 
 def _read(path: Path, card: DatasetCard) -> Columns:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minrl.data.dataset_ids import dataset_folder
 from minrl.data.episodes import Episode
+from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
 from minrl.errors import DatasetError
 
 
@@ -57,6 +59,24 @@ class Columns(NamedTuple):
             terminated=terminated,
             truncated=not terminated,
         )
+
+
+def write_columns(
+    columns: Columns, card: DatasetCard, max_episode_steps: int | None = None
+) -> None:
+    """Write a Minari dataset of these steps, cut into episodes as by `Columns.split`.
+
+    Raises:
+        DatasetError: the id is taken, or the folder cannot be written.
+    """
+    folder = dataset_folder(card.dataset_id)
+    with dataset_lock(card.dataset_id):
+        if folder.exists():
+            raise DatasetError(
+                f"dataset {card.dataset_id} exists already in {folder}; remove it, or give "
+                "another --id"
+            )
+        write_dataset(card, list(columns.split(max_episode_steps)))
 
 
 def fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:

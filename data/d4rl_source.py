@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minrl.data.columns import Columns, fit
-from minrl.data.dataset_ids import check_id, dataset_folder
+from minrl.data.columns import Columns, fit, write_columns
+from minrl.data.dataset_ids import check_id
 from minrl.data.hdf5_guard import GuardedFile
-from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
+from minrl.data.minari_writer import DatasetCard
 from minrl.errors import DatasetError
 
 _MAX_EPISODE_STEPS = 1000
@@ -72,14 +72,8 @@ def import_d4rl(
     dataset_id = check_id(dataset_id or default_id)
     task = _TASKS[task_name]
     columns = _read(path, task)
-    with dataset_lock(dataset_id):
-        if dataset_folder(dataset_id).exists():
-            raise DatasetError(
-                f"dataset {dataset_id} exists already in {dataset_folder(dataset_id)}; remove it, "
-                "or give another --id"
-            )
-        card = _describe(path, dataset_id, task, columns, (reference_scores or {}).get(task_name))
-        write_dataset(card, list(columns.split(_MAX_EPISODE_STEPS)))
+    card = _describe(path, dataset_id, task, columns, (reference_scores or {}).get(task_name))
+    write_columns(columns, card, _MAX_EPISODE_STEPS)
     return dataset_id
 
 

@@ -42,21 +42,10 @@ def draw_curves(study: dict[str, Any], styles: dict[str, Style], against: str) -
 
     def draw(axis, task: dict[str, Any], lines: dict[str, Any]) -> None:
         for name, (x, mean, low, high) in lines.items():
-            style = styles[name]
-            axis.plot(
-                x / divisor,
-                mean,
-                color=style.colour,
-                linestyle=style.line,
-                linewidth=style.width,
-                marker=style.marker,
-                markersize=3.5,
-                label=name,
-            )
+            _draw_line(axis, x / divisor, mean, styles[name], name, markersize=3.5)
             if name in OURS:  # bands of all would hide one another
-                axis.fill_between(
-                    x / divisor, low, high, color=style.colour, alpha=0.15, linewidth=0
-                )
+                colour = styles[name].colour
+                axis.fill_between(x / divisor, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xlabel(unit)
         axis.set_ylabel("score, %" if task["unit"] == "score" else "return")
         axis.set_xlim(left=0)
@@ -64,6 +53,19 @@ def draw_curves(study: dict[str, Any], styles: dict[str, Style], against: str) -
             axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
 
     return _draw_panels(f"curves-{against}", panels, draw)
+
+
+def _draw_line(axis, x, y, style: Style, name: str, *, markersize: float) -> None:
+    axis.plot(
+        x,
+        y,
+        color=style.colour,
+        linestyle=style.line,
+        linewidth=style.width,
+        marker=style.marker,
+        markersize=markersize,
+        label=name,
+    )
 
 
 def mean_curve(runs: list[dict[str, Any]], unit: str, against: str) -> tuple | None:
@@ -100,17 +102,7 @@ def draw_asked(study: dict[str, Any], styles: dict[str, Style]) -> str | None:
 
     def draw(axis, task: dict[str, Any], lines: dict[str, Any]) -> None:
         for name, (asked, got) in lines.items():
-            style = styles[name]
-            axis.plot(
-                asked,
-                got,
-                color=style.colour,
-                linestyle=style.line,
-                linewidth=style.width,
-                marker=style.marker,
-                markersize=4.5,
-                label=name,
-            )
+            _draw_line(axis, asked, got, styles[name], name, markersize=4.5)
         every = [target for asked, _ in lines.values() for target in asked]
         ends = [min(every), max(every)]
         axis.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":", label="as asked")
