@@ -7,7 +7,6 @@ a GPU can be given a step before it has done the last one, and do it as one CUDA
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minrl.agents.cuda_graph import captured
 from minrl.agents.losses import masked_action_loss
 from minrl.agents.trajectory import TrajectoryModel
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from minrl.data.windows import WindowSampler
 
 Inputs = dict[str, Tensor]
-
-WARM_UP_STEPS = 3
 
 # The data of a GPU's whole memory that may stay there.
 SHARE_FOR_DATA = 0.25
@@ -191,34 +189,3 @@ def write(target: Tensor, values: np.ndarray) -> None:
     if target.is_cuda:
         source = source.pin_memory()
     target.copy_(source, non_blocking=True)
-
-
-def captured(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Return what does the same as ``function`` in a single launch, as a CUDA graph.
-
-    Random numbers follow from the generator's seed at each call, as they do in the function.
-
-    Args:
-        function: Reads and writes tensors that stay where they are. It is called a few times, since
-            compiling and tuning cannot be captured; its result is overwritten by every call.
-        device: Where it computes.
-
-    Raises:
-        RuntimeError: If it cannot be captured.
-    """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = function()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay

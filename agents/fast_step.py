@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minrl.agents.cuda_graph import captured
 from minrl.agents.native_step import native_step
 from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import StepPolicy
-
-WARM_UP_STEPS = 3
 
 
 def fast_step(policy: StepPolicy) -> Callable:
@@ -59,11 +58,8 @@ class GraphStep:
                 self._capture(tensors)
             for buffer, tensor in zip(self._inputs, tensors, strict=True):
                 buffer.copy_(tensor)
-            if self._graph is None:
-                actions, after = self.policy(*self._inputs)
-                return actions.cpu().numpy(), after
-            self._graph.replay()
-            return self._actions.cpu().numpy(), self._after.clone()
+            actions, after = self._step()
+            return actions.cpu().numpy(), after.clone()
 
     def _moved(self) -> bool:
         """Return whether any weight is not where it was captured, or the scale another."""
@@ -78,17 +74,9 @@ class GraphStep:
         self._weights = [weight.detach() for weight in weights]  # kept alive: the graph reads them
         self._scale = self.policy.model.return_scale
         self._inputs = [tensor.to(device, copy=True) for tensor in tensors]
-        stream = torch.cuda.Stream(device)  # compiling and tuning cannot be captured
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self.policy(*self._inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        self._batch = len(tensors[-1])
+        self._step = partial(self.policy, *self._inputs)
         try:
-            with torch.cuda.graph(graph):
-                self._actions, self._after = self.policy(*self._inputs)
+            self._step = captured(self._step, device)
         except RuntimeError as error:
             warnings.warn(f"acting without a CUDA graph, slower: {error}", stacklevel=3)
-            graph = None
-        self._graph, self._batch = graph, len(tensors[-1])
