@@ -1,8 +1,10 @@
-"""Configurations of runs that take a second."""
+"""Runs that take a second, and what is left of one."""
 
 import dataclasses
 
+from minrl.agents.checkpoint import CheckpointFolder, load_weights
 from minrl.agents.trajectory import ModelConfig
+from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TrainConfig
 
 SMALL = ModelConfig(width=16, num_layers=1)
@@ -22,3 +24,13 @@ def make_config(dataset, run_dir, **options):
         run_dir=run_dir,
     )
     return dataclasses.replace(base, **options)
+
+
+def weights_of(path):
+    folder = CheckpointFolder(path / "checkpoints")
+    return load_weights(folder.weights(folder.last()))[0]
+
+
+def losses_of(path):
+    rows = RunFolder(path).read_metrics()
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}

@@ -7,14 +7,13 @@ import time
 
 import pytest
 import torch
+from small_runs import make_config, weights_of
 
-from minrl.agents.checkpoint import CheckpointFolder, load_weights
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.checkpoint import CheckpointFolder
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.study_run import carry_out, is_done, log_of
 from minrl.scripts.study_workers import LocalWorkers
 from minrl.scripts.train import train
-from minrl.scripts.train_config import TrainConfig
 
 pytestmark = pytest.mark.integration
 
@@ -31,22 +30,7 @@ options = {
 sys.exit(study(StudyConfig(**{**options, "folder": Path(options["folder"])})))
 """
 PATIENCE = 120  # seconds; the machine may be busy
-
-
-def make_config(hopper_id, path, **options):
-    base = TrainConfig(
-        dataset=(hopper_id,),
-        model=ModelConfig(width=16, num_layers=1),
-        steps=600,
-        batch_size=8,
-        eval_every=100,
-        eval_episodes=0,
-        final_episodes=0,
-        log_every=10,
-        device="cpu",
-        run_dir=path,
-    )
-    return dataclasses.replace(base, **options)
+LONG = {"steps": 600, "eval_every": 100, "eval_episodes": 0, "final_episodes": 0, "log_every": 10}
 
 
 def wait_until(condition):
@@ -59,11 +43,6 @@ def wait_until(condition):
 def step_of(path):
     rows = RunFolder(path).read_metrics()
     return rows[-1]["step"] if rows else 0
-
-
-def weights_of(path):
-    folder = CheckpointFolder(path / "checkpoints")
-    return load_weights(folder.weights(folder.last()))[0]
 
 
 def start_study(folder, hopper_id, *, seeds, steps, workers):
@@ -85,7 +64,7 @@ def start_study(folder, hopper_id, *, seeds, steps, workers):
 
 
 def test_a_killed_worker_loses_no_run(hopper_id, tmp_path):
-    run = make_config(hopper_id, tmp_path / "study" / "run")
+    run = make_config(hopper_id, tmp_path / "study" / "run", **LONG)
     workers = LocalWorkers([run], workers=1, threads=1)
     assert workers.poll() == []
     wait_until(lambda: step_of(run.run_dir) > 120)
@@ -145,7 +124,7 @@ def test_workers_save_and_stop_when_the_study_is_killed(hopper_id, tmp_path):
 
 
 def test_two_at_work_on_one_run_take_turns(hopper_id, tmp_path):
-    run = make_config(hopper_id, tmp_path / "run", steps=60)
+    run = make_config(hopper_id, tmp_path / "run", **LONG | {"steps": 60})
     pair = [LocalWorkers([run], workers=1, threads=1) for _ in range(2)]
     ended = []
 
@@ -160,7 +139,7 @@ def test_two_at_work_on_one_run_take_turns(hopper_id, tmp_path):
 
 
 def test_a_worker_uses_the_threads_it_is_given(hopper_id, tmp_path):
-    run = make_config(hopper_id, tmp_path / "run", steps=4)
+    run = make_config(hopper_id, tmp_path / "run", **LONG | {"steps": 4})
     workers = LocalWorkers([run], workers=1, threads=1)
     wait_until(lambda: workers.poll() == [(run, None)])
     assert log_of(run).exists()

@@ -1,0 +1,125 @@
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from small_runs import SMALL, losses_of, make_config, weights_of
+
+from minrl.errors import ConfigError, DatasetError
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.train import train
+
+
+@pytest.mark.parametrize(
+    "cut", [7, *(pytest.param(cut, marks=pytest.mark.integration) for cut in (4, 11))]
+)
+def test_resume_after_a_signal_continues_bit_for_bit(
+    finished, hopper_id, tmp_path, cut, monkeypatch
+):
+    from minrl.agents.training import Trainer
+
+    plain_step = Trainer.step_from
+
+    def step_and_interrupt(self, sampler):
+        report = plain_step(self, sampler)
+        if self.step_count == cut:
+            os.kill(os.getpid(), signal.SIGINT)
+        return report
+
+    path = tmp_path / "run"
+    config = make_config(hopper_id, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step_from", step_and_interrupt)
+        train(config)
+    run = RunFolder(path)
+    assert run.checkpoints.last() == cut
+    train(run.read_config(), resume=path)
+    assert losses_of(path) == losses_of(finished)
+    resumed = weights_of(path)
+    assert all(torch.equal(resumed[name], value) for name, value in weights_of(finished).items())
+
+
+def test_a_signal_during_an_evaluation_loses_no_score(finished, hopper_id, tmp_path, monkeypatch):
+    from minrl.scripts import recorder
+
+    plain, calls = recorder.evaluate, []
+
+    def evaluate_and_interrupt(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args, **kwargs)
+
+    path = tmp_path / "run"
+    monkeypatch.setattr(recorder, "evaluate", evaluate_and_interrupt)
+    train(make_config(hopper_id, path))
+    scores = [
+        json.loads((folder / "checkpoints" / "step-00000004.json").read_text())["score"]
+        for folder in (path, finished)
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0] is not None
+
+
+def test_a_longer_resumed_run_is_still_longer_the_next_time(hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, steps=4, eval_episodes=0, final_episodes=0))
+    run = RunFolder(path)
+    assert run.is_finished()
+    train(dataclasses.replace(run.read_config(), steps=6), resume=path)
+    assert run.read_config().steps == 6
+    assert run.checkpoints.last() == 6
+    assert run.is_finished()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(finished, hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path))
+    for file in (path / "checkpoints").iterdir():
+        file.unlink()
+    train(RunFolder(path).read_config(), resume=path)
+    assert losses_of(path) == losses_of(finished)
+
+
+def test_resume_falls_back_when_the_last_checkpoint_is_damaged(finished, hopper_id, tmp_path):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, final_episodes=0))
+    damaged = path / "checkpoints" / "step-00000012.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run = RunFolder(path)
+    with pytest.warns(UserWarning, match=r"step-00000012\.safetensors is damaged"):
+        train(run.read_config(), resume=path)
+    resumed = weights_of(path)
+    assert all(torch.equal(resumed[name], value) for name, value in weights_of(finished).items())
+
+
+def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    train(make_config(hopper_id, path, final_episodes=0))
+    config = RunFolder(path).read_config()
+    with pytest.raises(ConfigError, match=r"--run-dir is .* in this run and cannot be"):
+        config.continued_with(dataclasses.replace(config, run_dir=tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match="--width is 16 in this run and cannot be 8"):
+        config.continued_with(
+            dataclasses.replace(config, model=dataclasses.replace(SMALL, width=8))
+        )
+    assert config.continued_with(dataclasses.replace(config, steps=20)).steps == 20
+    from minrl.data.behaviours import make_embedded_dataset
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "other"))
+    make_embedded_dataset(hopper_id, steps=2_000, seed=1, progress=False)
+    with pytest.raises(DatasetError, match="is not the data this run was trained on"):
+        train(dataclasses.replace(config, steps=20), resume=path)
+
+
+def test_resume_of_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a run: it has no config\.json"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ConfigError, match="cannot read"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text('{"colour": "blue"}')
+    with pytest.raises(ConfigError, match="not of this version"):
+        RunFolder(tmp_path).read_config()
