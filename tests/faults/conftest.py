@@ -1,5 +1,8 @@
+import gymnasium
 import numpy as np
 import pytest
+from faulty_environment import BAD_EPISODE
+from processes import children
 
 from minrl.agents.checkpoint import load_weights
 from minrl.data.episodes import Episode
@@ -16,8 +19,6 @@ SMALL = (
 @pytest.fixture(scope="session")
 def pendulum_id(datasets_path):
     """The id of a tiny dataset of an environment that is quick to simulate."""
-    import gymnasium
-
     environment = gymnasium.make("Pendulum-v1")
     environment.action_space.seed(0)
     episodes = []
@@ -100,3 +101,27 @@ def assert_equal():
             assert found == expected, name
 
     return compare
+
+
+@pytest.fixture
+def new_children():
+    """Return what lists the child processes that the test has added."""
+    before = children()
+    return lambda: children() - before
+
+
+@pytest.fixture
+def faulty():
+    """Register an environment with a fault and return its id."""
+
+    def register(**options):
+        gymnasium.register(
+            "Faulty-v0",
+            entry_point="faulty_environment:Faulty",
+            max_episode_steps=100,
+            kwargs={"episode": BAD_EPISODE, **options},
+        )
+        return "Faulty-v0"
+
+    yield register
+    gymnasium.registry.pop("Faulty-v0", None)

@@ -13,8 +13,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from faulty_environment import DEADLY, Faulty, Steady
-from processes import children, marked_processes, wait_until_gone
+from faulty_environment import BAD_EPISODE, DEADLY, Steady
+from processes import marked_processes, wait_until_gone
 
 from minrl import DecisionAgent, TrajectoryModel, cli
 from minrl.agents.trajectory import ModelConfig
@@ -24,7 +24,7 @@ from minrl.errors import EnvError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import quick
 
-EPISODES, ROWS, BAD_EPISODE = 12, 3, 7
+EPISODES, ROWS = 12, 3
 SECONDS = 2.0  # the timeout of environments that hang, and of what goes well on a busy machine
 GRACE = 5.0
 
@@ -33,13 +33,6 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
 ]
-
-
-@pytest.fixture
-def new_children():
-    """Return what lists the child processes that the test has added."""
-    before = children()
-    return lambda: children() - before
 
 
 @pytest.fixture
@@ -53,24 +46,6 @@ def mark(monkeypatch):
 def seconds_since(file):
     """Seconds since an environment came to its fault; a start may take long on a busy machine."""
     return time.time() - file.stat().st_mtime
-
-
-@pytest.fixture
-def faulty():
-    """Register an environment with a fault and return its id."""
-
-    def register(**options):
-        kwargs = {"episode": BAD_EPISODE, **options}
-        gymnasium.register(
-            "Faulty-v0",
-            entry_point="faulty_environment:Faulty",
-            max_episode_steps=100,
-            kwargs=kwargs,
-        )
-        return "Faulty-v0"
-
-    yield register
-    gymnasium.registry.pop("Faulty-v0", None)
 
 
 def run(name, num_workers=1, timeout=60.0, **options):
@@ -87,24 +62,6 @@ def over_before(lengths, place):
     fault = last_steps[BAD_EPISODE - ROWS] + (3 if place == "step" else 0)
     before = {e for e, step in last_steps.items() if step < fault} | {BAD_EPISODE - ROWS}
     return before, {e for e, step in last_steps.items() if step == fault}
-
-
-@pytest.mark.parametrize("num_workers", [2, *(pytest.param(n, marks=slow) for n in (1, 3, 8))])
-def test_workers_change_no_number(faulty, num_workers):
-    name, heard = faulty(), {}
-    alone = run(name, 0, seed=3, target_return=5.0)
-    result = run(
-        name,
-        num_workers,
-        seed=3,
-        target_return=5.0,
-        on_episode=lambda *report: heard.setdefault(report[0], report[1:]),
-    )
-    assert np.array_equal(result.returns, alone.returns)
-    assert np.array_equal(result.lengths, alone.lengths)
-    assert (result.returns.dtype, result.lengths.dtype) == (np.float64, np.int64)
-    assert heard == dict(enumerate(zip(alone.returns, alone.lengths, strict=True)))
-    assert len(set(alone.lengths.tolist())) > 3
 
 
 KILLED = "is lost: its process was killed by {} while taking a step"
@@ -333,50 +290,3 @@ def test_no_worker_outlives_an_interrupted_or_killed_parent(tmp_path, mark, numb
     assert parent.returncode == -number
     assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
     assert wait_until_gone(mark, GRACE)
-
-
-def test_workers_load_neither_torch_nor_the_program_that_started_them(faulty):
-    assert "torch" in sys.modules
-    with pytest.raises(EvaluationError, match=r"OSError\(set\(\)\)"):
-        run(faulty(fault="look around", episode=0))
-
-
-def test_what_an_environment_is_registered_with_arrives_as_it_is(faulty):
-    told = {"goal": (0, 1), "ranges": [(0.7, float("inf")), []], 3: {(1, 2): None}, "flag": True}
-    with pytest.raises(EvaluationError) as caught:
-        run(faulty(told=told))
-    assert repr(OSError(repr(told))) in str(caught.value)
-
-
-def test_environments_that_workers_cannot_make_are_refused(faulty, new_children):
-    class Local(Faulty):
-        pass
-
-    for maker, kwargs, message in (
-        (Local, {}, "worker processes cannot import what makes 'Faulty-v0'.*num_workers=0"),
-        (lambda: Faulty(), {}, "worker processes cannot import"),
-        (Faulty, {"mark": Path("x")}, "registered with cannot be handed to.*of type PosixPath"),
-        (Faulty, {"told": [np.float64(1)]}, "cannot be handed to.*of type float64"),
-        (Faulty, {"told": {"set": {1}}}, "cannot be handed to.*of type set"),
-    ):
-        gymnasium.register("Faulty-v0", entry_point=maker, max_episode_steps=100, kwargs=kwargs)
-        with pytest.raises(EnvError, match=message):
-            run("Faulty-v0", 1)
-        gymnasium.registry.pop("Faulty-v0")
-    with pytest.raises(EnvError, match="names a module to import"):
-        run("faulty_environment:Faulty-v0", 1)
-    assert not new_children()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_workers": -1}, "num_workers is -1; at least 0"),
-        ({"timeout": 0}, "timeout is 0 s; it must be above 0"),
-        ({"timeout": float("nan")}, "timeout is nan s"),
-        ({"timeout": float("inf")}, "timeout is inf s.*None for ever"),
-    ],
-)
-def test_impossible_numbers_of_workers_and_seconds_are_named(faulty, options, message):
-    with pytest.raises(EnvError, match=message):
-        run(faulty(), **options)
