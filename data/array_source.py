@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minrl.data.columns import Columns, fit, write_columns
+from minrl.data.columns import Columns, count_rows, fit, write_columns
 from minrl.data.dataset_ids import check_id
 from minrl.data.minari_writer import DatasetCard
 from minrl.errors import DatasetError
@@ -45,9 +45,7 @@ def _read(path: Path, card: DatasetCard) -> Columns:
         if name not in (*given, "next_observations"):
             there = ", ".join(given) or "none of them"
             raise DatasetError(f"{path} has no array {name!r}; it has {there}")
-    rows = len(given["rewards"]) if given["rewards"].ndim else 0
-    if rows == 0:
-        raise DatasetError(f"{path}: no rows")
+    rows = count_rows(given["rewards"], path)
     shapes = {
         "observations": (rows, *card.observation_space.shape),
         "next_observations": (rows, *card.observation_space.shape),

@@ -79,6 +79,17 @@ def write_columns(
         write_dataset(card, list(columns.split(max_episode_steps)))
 
 
+def count_rows(rewards: np.ndarray, path: Path) -> int:
+    """Return N, the number of steps; every layout has rewards.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    if rewards.ndim == 0 or len(rewards) == 0:
+        raise DatasetError(f"{path}: no rows")
+    return len(rewards)
+
+
 def fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
     """Return a column of numbers in its shape; (N, 1) counts as (N,).
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minrl.data.columns import Columns, fit, write_columns
+from minrl.data.columns import Columns, count_rows, fit, write_columns
 from minrl.data.dataset_ids import check_id
 from minrl.data.hdf5_guard import GuardedFile
 from minrl.data.minari_writer import DatasetCard
@@ -97,9 +97,7 @@ def _read(path: Path, task: _Task) -> Columns:
     try:
         with GuardedFile(path) as file:
             rewards = _column(file, "rewards", path)
-            rows = len(rewards) if rewards.ndim else 0
-            if rows == 0:
-                raise DatasetError(f"{path}: no rows")
+            rows = count_rows(rewards, path)
             wide = (rows, task.observation_size)
             following = file.read("next_observations")
             timeouts = file.read("timeouts")
