@@ -125,10 +125,13 @@ def test_unusual_but_sound_episode_passes(change):
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_the_tolerance_at_a_bound_is_a_millionth_of_it(sign):
-    bounds = ActionBounds(np.array([-1000.0, -INF]), np.array([1000.0, INF]))
+@pytest.mark.parametrize(
+    ("bound", "inside", "outside"), [(1000, 1000.0009, 1000.0011), (0.5, 0.5000009, 0.5000011)]
+)
+def test_the_tolerance_is_a_millionth_of_a_bound_and_of_one_at_least(bound, inside, outside, sign):
+    bounds = ActionBounds(np.array([-bound, -INF]), np.array([bound, INF]))
     episode = sound_episode()
-    for value, rule in ((1000.0009, None), (1000.0011, "bounds")):
+    for value, rule in ((inside, None), (outside, "bounds")):
         episode["actions"] = np.full((3, 2), sign * value)
         found = find_violation(episode, 0, observation_size=3, bounds=bounds, is_last=False)
         assert (found.rule if found else None) == rule
