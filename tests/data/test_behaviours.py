@@ -182,7 +182,8 @@ def test_policy_follows_its_written_formula(name):
             expected = np.tanh(mean + 0.5 * np.exp(log_std) * noise[row])
         else:
             expected = np.clip(mean + 0.5 * np.exp(weights["log_std"]) * noise[row], -1, 1)
-        assert np.abs(found[row] - expected).max() < 1e-5
+        # In float32 256 terms are summed twice, in an order that depends on the processor.
+        assert np.abs(found[row] - expected).max() < 1e-4
     assert found.dtype == np.float32
 
 
