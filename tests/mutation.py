@@ -48,7 +48,7 @@ TESTS = {
         "tests/security/test_agent_headers.py",
         "tests/faults/test_damaged_checkpoint.py",
     ],
-    "agents/files.py": CHECKPOINTS,
+    "agents/files.py": ["tests/agents/test_files.py", *CHECKPOINTS],
     "agents/trainer_state.py": [
         "tests/agents/test_trainer_state.py",
         *CHECKPOINTS,

@@ -1,7 +1,5 @@
-import errno
 import json
 import os
-import stat
 import zipfile
 
 import pytest
@@ -115,16 +113,6 @@ def test_no_sound_checkpoint_is_an_error(tmp_path):
         CheckpointFolder(tmp_path).last()
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_mode_that_the_user_wants_for_new_ones(tmp_path, mask):
-    before = os.umask(mask)
-    try:
-        write_atomically(tmp_path / "file", b"content")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
-
-
 def test_a_checkpoint_without_a_finite_score_is_never_the_best(tmp_path):
     folder = CheckpointFolder(tmp_path)
     save_steps(folder, [1, 2, 3], [-5.0, float("nan"), float("inf")])
@@ -167,32 +155,6 @@ def test_whether_a_step_was_evaluated_is_in_its_json(tmp_path):
     folder.note_evaluation(2, 5.0)
     found = [(folder.header(step)["evaluated"], folder.header(step)["score"]) for step in (1, 2, 3)]
     assert found == [(True, None), (True, 5.0), (False, None)]
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
-def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch, number):
-    plain, refused = os.fsync, []
-
-    def refuse_folders(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            refused.append(descriptor)
-            raise OSError(number, os.strerror(number))
-        plain(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refuse_folders)
-    write_atomically(tmp_path / "file", b"content")
-    assert (tmp_path / "file").read_bytes() == b"content"
-    assert refused
-
-
-def test_windows_which_cannot_open_folders_is_not_asked_to(tmp_path, monkeypatch):
-    opened, plain = [], os.open
-    path = tmp_path / "file"
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "name", "nt")
-        patch.setattr(os, "open", lambda name, *more: opened.append(name) or plain(name, *more))
-        write_atomically(path, b"content")
-    assert (opened, path.read_bytes()) == ([], b"content")
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):

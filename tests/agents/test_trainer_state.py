@@ -129,3 +129,39 @@ def test_what_would_not_come_back_is_refused_by_name(tmp_path, value, message):
     with pytest.raises(CheckpointError, match=rf"part.*{message}|{message}.*part"):
         folder.save(1, {}, {}, OrderedDict(part=[value]))
     assert folder.steps() == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"dict": []}, "the tensor a has no place"),
+        ([{"tensor": "a"}], "it is no dict"),
+        ({"dict": [["x", math.nan], ["y", {"tensor": "a"}]]}, "nan is not finite"),
+        ({"dict": [["x", {"tensor": "a"}], ["y", {"tensor": "a"}]]}, "not there, or was used"),
+        ({"dict": [["x", {"tensor": 1}]]}, "an object of unknown kind, with tensor"),
+        ({"dict": [["x", {"other": "a"}]]}, "an object of unknown kind, with other"),
+        ({"dict": [["x", {"tuple": "a"}]]}, "an object of unknown kind, with tuple"),
+        ({"dict": [["x"]]}, "something other than keys and values"),
+        ({"dict": ["xy"]}, "something other than keys and values"),
+        ({"dict": [[None, 1]]}, "something other than keys and values"),
+    ],
+)
+def test_a_tree_that_was_never_taken_apart_is_refused(tree, message):
+    with pytest.raises(ValueError, match=message):
+        put_together(tree, {"a": torch.ones(1)})
+
+
+@pytest.mark.parametrize("nested", [lambda inner: [inner], lambda inner: {"dict": [["a", inner]]}])
+def test_what_is_nested_as_deeply_as_can_be_saved_can_be_read_and_no_deeper(nested):
+    def tree(depth):
+        inner = 1
+        for _ in range(depth - 1):
+            inner = nested(inner)
+        return {"dict": [["a", inner]]}
+
+    assert isinstance(put_together(tree(50), {}), dict)
+    with pytest.raises(ValueError, match="nested more than 50 deep"):
+        put_together(tree(51), {})
+    assert put_together(*take_apart(deep(50))) == deep(50)
+    with pytest.raises(CheckpointError, match="nested more than 50 deep"):
+        take_apart(deep(51))
