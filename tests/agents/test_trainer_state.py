@@ -140,6 +140,7 @@ def test_what_would_not_come_back_is_refused_by_name(tmp_path, value, message):
         ({"dict": [["x", {"tensor": "a"}], ["y", {"tensor": "a"}]]}, "not there, or was used"),
         ({"dict": [["x", {"tensor": 1}]]}, "an object of unknown kind, with tensor"),
         ({"dict": [["x", {"other": "a"}]]}, "an object of unknown kind, with other"),
+        ({"dict": [["x", {"other": []}]]}, "an object of unknown kind, with other"),
         ({"dict": [["x", {"tuple": "a"}]]}, "an object of unknown kind, with tuple"),
         ({"dict": [["x"]]}, "something other than keys and values"),
         ({"dict": ["xy"]}, "something other than keys and values"),
