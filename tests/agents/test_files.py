@@ -50,34 +50,38 @@ def test_ctrl_c_leaves_nothing_behind_and_is_passed_on(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_fails_to_sync_is_an_error_and_is_closed(tmp_path, monkeypatch):
-    plain, folders = os.fsync, []
+@pytest.fixture
+def refuse_folders(monkeypatch):
+    """Return a function that makes syncs of folders fail with an error, and lists which did."""
+    plain = os.fsync
 
-    def fail(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            folders.append(descriptor)
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        plain(descriptor)
+    def refuse(number):
+        refused = []
 
-    monkeypatch.setattr(os, "fsync", fail)
+        def fsync(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                refused.append(descriptor)
+                raise OSError(number, os.strerror(number))
+            plain(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        return refused
+
+    return refuse
+
+
+def test_a_folder_that_fails_to_sync_is_an_error_and_is_closed(tmp_path, refuse_folders):
+    refused = refuse_folders(errno.EIO)
     with pytest.raises(CheckpointError, match="Input/output error"):
         write_atomically(tmp_path / "a", b"content")
-    assert len(folders) == 1
+    assert len(refused) == 1
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(folders[0])
+        os.fstat(refused[0])
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
-def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch, number):
-    plain, refused = os.fsync, []
-
-    def refuse_folders(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            refused.append(descriptor)
-            raise OSError(number, os.strerror(number))
-        plain(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refuse_folders)
+def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, refuse_folders, number):
+    refused = refuse_folders(number)
     write_atomically(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
     assert refused
