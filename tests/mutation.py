@@ -32,7 +32,11 @@ CELLS = [
     f"tests/agents/backbones/test_{name}.py"
     for name in ("scan", "scan_accuracy", "scan_operator", "cells", "layer")
 ]
-CHECKPOINTS = ["tests/agents/test_checkpoint.py", "tests/security/test_checkpoints.py"]
+CHECKPOINTS = [
+    "tests/agents/test_checkpoint.py",
+    "tests/agents/test_old_checkpoints.py",
+    "tests/security/test_checkpoints.py",
+]
 HDF5 = [
     "tests/data/test_hdf5_filters.py",
     "tests/data/test_hdf5_guard.py",

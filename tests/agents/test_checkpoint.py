@@ -61,12 +61,12 @@ def test_the_newest_three_and_the_best_are_kept(tmp_path):
 
 
 def test_trainer_state_comes_back(tmp_path):
-    folder = CheckpointFolder(tmp_path)
+    folder = CheckpointFolder(tmp_path / "made" / "with its parent")
     save_steps(folder, [5])
     state = folder.trainer_state(5)
     assert state["step"] == 5
     assert torch.equal(state["moments"][0], torch.ones(3))
-    record = json.loads((tmp_path / "step-00000005.json").read_text())
+    record = json.loads((folder.path / "step-00000005.json").read_text())
     assert record["files"].keys() == {
         "step-00000005.safetensors",
         "step-00000005.trainer.safetensors",
@@ -92,6 +92,54 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, suffix, dam
         return
     with pytest.warns(UserWarning, match=r"step-00000002.*trying the checkpoint before it"):
         assert folder.last() == 1
+
+
+def test_a_damaged_best_checkpoint_falls_back_to_the_next_best(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=4)
+    save_steps(folder, [1, 2, 3, 4], [2.0, 4.0, 3.0, 1.0])
+    (tmp_path / "step-00000002.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"step-00000002.*trying the checkpoint before it"):
+        assert folder.best() == 3
+
+
+def test_a_score_that_cannot_be_read_is_passed_over(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save_steps(folder, [1, 2], [9.0, 1.0])
+    (tmp_path / "step-00000001.json").write_text("{}")
+    assert folder.best() == 2
+    save_steps(folder, [3], [0.0])
+    assert folder.steps() == [2, 3]
+
+
+def test_what_is_later_than_the_newest_takes_no_place(tmp_path):
+    """Training went back to step 3, since step 9 was damaged, say."""
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save_steps(folder, [1, 2, 3, 9], [5.0, 1.0, 1.0, 99.0])
+    save_steps(folder, [4, 5], [1.0, 1.0])
+    assert folder.steps() == [1, 4, 5, 9]
+    save_steps(folder, [9, 10], [0.0, 0.0])
+    assert folder.steps() == [1, 9, 10]
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    leftovers = [tmp_path / f"step-00000001.{name}.tmp" for name in ("json.0a1b", "json.2c3d")]
+    for path in [*leftovers, tmp_path / "notes.tmp"]:
+        path.write_text("half")
+    save_steps(CheckpointFolder(tmp_path), [2])
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]
+
+
+def test_a_json_without_digests_is_not_that_of_its_files(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, [1])
+    for files in (["step-00000001.safetensors"], None, {}):
+        sealed = checkpoint._seal({**folder.header(1), "files": files})
+        (tmp_path / "step-00000001.json").write_text(sealed)
+        with (
+            pytest.warns(UserWarning, match="json is not that of these files"),
+            pytest.raises(CheckpointError, match="no sound checkpoint"),
+        ):
+            folder.last()
 
 
 def test_other_files_in_the_folder_are_no_checkpoints(tmp_path):
