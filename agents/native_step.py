@@ -114,7 +114,7 @@ class NativeStep:
         observed, acted = policy.model.observation_size, policy.model.action_size
         hidden, features = config.width * config.expansion, config.width * config.mlp_ratio
         gates = PARTS[policy.model.backbone.blocks[0].mixer.cell.gates] * hidden
-        widest = max(_padded(gates), _padded(features), acted + 1 + observed)
+        widest = max(*map(_padded, (gates, features, acted)), acted + 1 + observed)
         self._observations = np.empty((batch, observed), np.float32)
         self._returns, self._timesteps = np.empty((2, batch), np.float32)
         self._starts, never = np.empty(batch, bool), np.zeros(batch, bool)
@@ -286,7 +286,7 @@ def _constants(model: TrajectoryModel) -> list[Tensor]:
         model.action_reach,
         model.action_low,
         model.action_high,
-        torch.tensor([model.return_scale, LARGEST], dtype=torch.float32),
+        model.action_low.new_tensor([model.return_scale, LARGEST]),
     ]
 
 

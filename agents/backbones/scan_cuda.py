@@ -4,6 +4,7 @@ Without autograd: ``scan`` registers these functions as custom operators. Result
 on every run of the same shapes, types and :class:`Plan`. Triton is imported when a scan first runs.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,6 +64,8 @@ FEW = Plan(Tiles(16, 32, 16, 8, 2), Tiles(16, 32, 8, 8, 2))
 FEWEST_PROGRAMS = 64
 WANTED_PROGRAMS = 256
 CHUNKS_OF_A_SPLIT = 2
+# Bytes of shared memory that a kernel takes for more than the chunks in flight.
+EXCHANGED = 16_384
 
 
 def make_plan(batch: int, length: int, width: int) -> Plan:
@@ -87,6 +90,23 @@ def _fit(tiles: Tiles, length: int, width: int) -> Tiles:
     segments = min(tiles.segments, _power_of_two(-(-length // tiles.steps)))
     share = tiles.channels * tiles.segments // (channels * segments)
     return Tiles(channels, segments, tiles.steps, max(1, tiles.warps // share), tiles.stages)
+
+
+def affordable_stages(tiles: Tiles, step_bytes: int, room: int) -> int:
+    """Return ``tiles.stages``, or 1 where the chunks ahead do not fit into shared memory.
+
+    Args:
+        tiles: Of the kernel.
+        step_bytes: What a step of a channel takes in all tensors that are loaded ahead.
+        room: Bytes of shared memory that a program may have.
+    """
+    ahead = (tiles.stages - 1) * tiles.chunk * tiles.channels * step_bytes
+    return tiles.stages if ahead + EXCHANGED <= room else 1
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _power_of_two(size: int) -> int:
@@ -238,6 +258,14 @@ class _Launch:
         split_chunks = -(-chunks // self.plan.splits)
         return -(-chunks // split_chunks), split_chunks
 
+    def stages(self, tiles: Tiles) -> int:
+        """Return how many chunks are in flight, which changes no result."""
+        device = self.projected.device
+        if device.type != "cuda":  # interpreted
+            return tiles.stages
+        step_bytes = (self.options["PARTS"] + 1) * self.projected.element_size()
+        return affordable_stages(tiles, step_bytes, _shared_memory(device))
+
     def maps(self, tiles: Tiles) -> tuple[Tensor | None, Tensor | None]:
         """Return room for the maps of the splits, if there are several."""
         splits, _ = self.cut(tiles)
@@ -261,7 +289,7 @@ class _Launch:
                 CHANNELS=tiles.channels,
                 SEGMENTS=tiles.segments,
                 STEPS=tiles.steps,
-                STAGES=tiles.stages,
+                STAGES=self.stages(tiles),
                 num_warps=tiles.warps,
             )
 

@@ -18,11 +18,21 @@ CLOSED = tl.constexpr(-60000.0)
 # The drop of a map with a reset in it, beyond what gates can give.
 RESET = tl.constexpr(2.0)
 HUGE = tl.constexpr(3.0e38)
-TINY = tl.constexpr(1.0e-38)
+# The smallest float32 that is not denormal: of anything smaller the reciprocal below is infinite.
+TINY = tl.constexpr(2.0**-126)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Triton's own exp and division carry code for denormal numbers, a quarter of the instructions of
-# the kernels; its interpreter, on the other hand, knows no PTX.
+# the kernels; its interpreter, on the other hand, knows no PTX, and is to round as that does.
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def flushed(x):
+    """Return x, zero where it is a denormal float32."""
+    if x.dtype == tl.float32:
+        return tl.where(tl.abs(x) < TINY, 0.0, x)
+    else:
+        return x
 
 
 @triton.jit
@@ -36,7 +46,7 @@ def exponential(x):
         else:
             return tl.exp(x)
     else:
-        return tl.exp(x)
+        return flushed(tl.exp(x))
 
 
 @triton.jit
@@ -50,7 +60,7 @@ def reciprocal(x):
         else:
             return 1.0 / x
     else:
-        return 1.0 / x
+        return flushed(1.0 / flushed(x))
 
 
 @triton.jit

@@ -125,7 +125,8 @@ def _has_triton() -> bool:
 
 
 def _on_triton(projected: Tensor) -> bool:
-    return projected.device.type == "cuda" and _has_triton()
+    # AMD's GPUs are called "cuda" as well, but do not know the instructions that the kernels use.
+    return projected.device.type == "cuda" and torch.version.hip is None and _has_triton()
 
 
 def _forward_shapes(

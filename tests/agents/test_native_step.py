@@ -84,6 +84,24 @@ def test_a_thousand_steps_equal_the_plain_ones(kind):
         assert difference(step, policy, batch, steps) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("observed", "acted", "options"),
+    [(3, 129, {"mlp_ratio": 0}), (3, 65, {"width": 8}), (3, 257, {}), (300, 2, {"width": 8})],
+)
+def test_nothing_is_written_beyond_the_buffer(observed, acted, options):
+    model = TrajectoryModel(observed, acted, ModelConfig(num_layers=1, **{"width": 64, **options}))
+    step = native_step(StepPolicy(model.eval()))
+    step._allocate(1)
+    size = step._buffers[-1].size
+    guarded = np.full(size + 4096, 7.0, np.float32)
+    step._arguments = (*step._arguments[:7], guarded.ctypes.data, *step._arguments[8:])
+    assert step._arguments[6].value == step._buffers[6].ctypes.data  # the actions, before it
+    inputs = np.zeros((1, observed), np.float32), np.zeros(1), np.zeros(1), np.ones(1, bool)
+    step(*inputs, step.policy.initial_state(1).detach())
+    assert not (guarded[:size] == 7.0).all()
+    assert (guarded[size:] == 7.0).all()
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it():
     policy = StepPolicy(make_model("interleaved"))
     step = native_step(policy)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minrl.agents.backbones import scan_cuda
-from minrl.agents.backbones.scan_cuda import checkpoint_shape, make_plan
+from minrl.agents.backbones.scan_cuda import affordable_stages, checkpoint_shape, make_plan
 from minrl.agents.backbones.scan_torch import PARTS
 
 CASES = Path(__file__).with_name("scan_cuda_cases.py")
@@ -71,12 +71,13 @@ def test_plans_fit_together(size):
     assert many * plan.backward.chunk < length <= (many + 1) * plan.backward.chunk
 
 
-def compile_for_hopper(kernel, tiles, dtype, gates, **options):
+def compile_kernel(kernel, tiles, dtype, gates, capability, **options):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     own = {"projected", "states", "grad_states", "grad_projected"}
+    state = "fp64" if dtype == "fp64" else "fp32"
     constants = {
         "GATES": gates,
         "ACTIVATION": "g",
@@ -84,7 +85,7 @@ def compile_for_hopper(kernel, tiles, dtype, gates, **options):
         "ALIGNED": 16,
         "EVEN": True,
         "PARTS": PARTS[gates],
-        "STATE": triton.language.float32,
+        "STATE": getattr(triton.language, f"float{state[2:]}"),
         "CHANNELS": tiles.channels,
         "SEGMENTS": tiles.segments,
         "STEPS": tiles.steps,
@@ -99,11 +100,11 @@ def compile_for_hopper(kernel, tiles, dtype, gates, **options):
         elif name in ("batch", "length", "groups", "splits", "split_chunks"):
             signature[name] = "i32"
         else:
-            signature[name] = f"*{dtype}" if name in own else "*fp32"
+            signature[name] = f"*{dtype if name in own else state}"
             alignment[(place,)] = [["tt.divisibility", 16]]
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(kernel, signature, constants, alignment)
-    target = GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", capability, 32)
     chosen = {"num_warps": tiles.warps, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=chosen)
 
@@ -124,9 +125,14 @@ def has_ptxas():
     return bool(folder) and all((folder / tool).exists() for tool in ("ptxas", "cuobjdump"))
 
 
+needs_compiler = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" or not has_ptxas(),
+    reason="Triton's compiler for CUDA is not there",
+)
+
+
 @pytest.mark.integration
-@pytest.mark.skipif(not has_ptxas(), reason="Triton's compiler for CUDA is not there")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
+@needs_compiler
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_many_channels_compile_for_hopper_without_spills(dtype, tmp_path, monkeypatch):
     from minrl.agents.backbones.scan_cuda_backward import backward_kernel
@@ -140,6 +146,36 @@ def test_many_channels_compile_for_hopper_without_spills(dtype, tmp_path, monkey
         (forward_kernel, plan.forward, 2),
         (backward_kernel, plan.backward, 3),
     ):
-        code = disassemble(compile_for_hopper(kernel, tiles, dtype, "mingru", **options), tmp_path)
+        compiled = compile_kernel(kernel, tiles, dtype, "mingru", 90, **options)
+        code = disassemble(compiled, tmp_path)
         assert len(re.findall(rf"LDG(STS)?\.E{width} ", code)) >= tensors * tiles.steps
         assert code.count("STL") + code.count("LDL") <= 4  # none, but for an address or two
+
+
+ROOM = {80: 166_912, 86: 101_376, 90: 232_448}
+"""Bytes of shared memory for a program by compute capability: A100; RTX 30, L4 and A10; H100."""
+
+
+@pytest.mark.integration
+@needs_compiler
+@pytest.mark.parametrize(
+    ("capability", "dtype", "bytes_of", "stages"),
+    [(90, "fp32", 4, (2, 2)), (86, "fp32", 4, (1, 2)), (80, "fp64", 8, (1, 2))],
+)
+def test_what_is_loaded_ahead_fits_into_shared_memory(
+    capability, dtype, bytes_of, stages, tmp_path, monkeypatch
+):
+    from minrl.agents.backbones.scan_cuda_backward import backward_kernel
+    from minrl.agents.backbones.scan_cuda_forward import forward_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    plan, room, step_bytes = scan_cuda.FEW, ROOM[capability], 4 * bytes_of
+    found = [affordable_stages(tiles, step_bytes, room) for tiles in (plan.forward, plan.backward)]
+    assert tuple(found) == stages
+    for kernel, tiles, affordable in zip(
+        (forward_kernel, backward_kernel), (plan.forward, plan.backward), found, strict=True
+    ):
+        tiles = dataclasses.replace(tiles, stages=affordable)
+        options = {"SPACING": plan.backward.chunk}
+        compiled = compile_kernel(kernel, tiles, dtype, "minlstm", capability, **options)
+        assert compiled.metadata.shared <= room
