@@ -51,7 +51,12 @@ class GraphStep:
         state: Tensor,
     ) -> tuple[np.ndarray, Tensor]:
         """Return the actions and the next state; see :meth:`StepPolicy.forward`."""
-        arrays = (observations, returns_to_go.astype(np.float32), timesteps, starts)
+        arrays = (
+            np.require(observations, requirements="CW"),
+            returns_to_go.astype(np.float32),
+            timesteps,
+            starts,
+        )
         tensors = (*map(torch.from_numpy, arrays), state)
         with self._lock, torch.no_grad():
             if len(state) != self._batch or (starts.any() and self._moved()):

@@ -1,6 +1,7 @@
 """The step of a policy in plain PyTorch, on any device, and with a window of recent steps."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,7 +38,11 @@ def plain_step(
         refresh_every: Rebuild the state from the window every so many steps of an episode.
     """
     model = policy.model
-    arrays = (observations, returns_to_go.astype(np.float32), timesteps)
+    arrays = (
+        np.require(observations, requirements="CW"),
+        returns_to_go.astype(np.float32),
+        timesteps,
+    )
     inputs = tuple(torch.from_numpy(array).to(state.device) for array in arrays)
     reset = torch.from_numpy(starts).to(state.device) if starts.any() else None
     with few_threads(len(observations)):
@@ -64,10 +69,26 @@ def few_threads(batch: int) -> Iterator[None]:
     Handing out work this small costs more than it saves, and where other processes compete for the
     cores it costs 50 times as much (measured: 51 ms a step instead of 1).
     """
-    before = torch.get_num_threads()
-    if batch < SINGLE_THREAD_BELOW:
+    if batch >= SINGLE_THREAD_BELOW:
+        yield
+        return
+    with _Threads.lock:
+        if not _Threads.inside:
+            _Threads.before = torch.get_num_threads()
+        _Threads.inside += 1
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _Threads.lock:
+            _Threads.inside -= 1
+            torch.set_num_threads(_Threads.before)
+
+
+class _Threads:
+    """What PyTorch had before the first of the callers that are inside: it is one for all of them.
+
+    The number belongs to the process, and each thread copies it when it first computes.
+    """
+
+    lock, inside, before = threading.Lock(), 0, 1

@@ -1,5 +1,7 @@
 """Causal self-attention over a window, as a mixer: the Decision Transformer's."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -70,18 +72,15 @@ class AttentionMixer(nn.Module):
         filled = self._count_nothing(batch) if state is None else state[2]
         if state is not None:
             old_keys, old_values = (part.to(keys.dtype) for part in state[:2])
-            if resets is not None:  # whatever the state there: 0 * NaN is NaN
-                starts = resets[:, :1]
-                filled = filled.masked_fill(starts, 0.0)
-                old_keys, old_values = (
-                    part.masked_fill(starts.unsqueeze(-1), 0.0) for part in (old_keys, old_values)
-                )
+            if resets is not None:
+                filled = filled.masked_fill(resets[:, :1], 0.0)
             keys, values = torch.cat([old_keys, keys], 1), torch.cat([old_values, values], 1)
         if state is None and resets is None and mask is None and length <= self.context:
             mixed = self._attend(queries, keys, values)[:, outputs]
         else:
-            visible = self._visible(keys.shape[1], length, filled, resets, mask)
-            mixed = self._attend(queries[:, outputs], keys, values, visible[:, outputs])
+            visible = self._visible(keys.shape[1], length, filled, resets, mask)[:, outputs]
+            attend = self._attend if resets is None else self._attend_apart
+            mixed = attend(queries[:, outputs], keys, values, visible)
         return self.output(mixed), self._remember(keys, values, length, filled, resets, mask)
 
     def _attend(
@@ -97,6 +96,15 @@ class AttentionMixer(nn.Module):
             *heads, attn_mask=mask, is_causal=visible is None
         )
         return mixed.transpose(1, 2).flatten(2)
+
+    def _attend_apart(
+        self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor
+    ) -> Tensor:
+        """Return the same, but NaN for who sees some and no one else: 0 * NaN is NaN."""
+        broken = ~(keys.isfinite() & values.isfinite()).all(-1)
+        keys, values = (part.masked_fill(broken.unsqueeze(-1), 0.0) for part in (keys, values))
+        mixed = self._attend(queries, keys, values, visible)
+        return mixed.masked_fill((visible & broken.unsqueeze(1)).any(-1, True), math.nan)
 
     def _visible(
         self, seen: int, length: int, filled: Tensor, resets: Tensor | None, mask: Tensor | None

@@ -51,8 +51,10 @@ class _MinimalRNN(nn.Module):
             raise ValueError(f"{type(self).__name__} acts online, step by step: no {name}")
         if candidate not in CANDIDATES:
             raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
-        if memory is not None and (memory < 2 or not bias):
-            raise ValueError(f"memory needs two steps at least, and a bias, not {memory=}, {bias=}")
+        if memory is not None and (not 2 <= memory < math.inf or not bias):
+            raise ValueError(
+                f"memory needs two steps at least, not without end, and a bias, not {memory=}, {bias=}"
+            )
         check_construction(input_size, hidden_size, num_layers, dropout)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
@@ -90,7 +92,9 @@ class _MinimalRNN(nn.Module):
 
     def _logit_of_memory(self) -> Tensor:
         """Return what opens a gate to 1 - 1/T, T from 2 to ``memory`` over the channels, (H,)."""
-        steps = torch.logspace(1, math.log2(self.memory), self.hidden_size, 2)
+        longest = math.log2(self.memory)
+        shortest = 1 if self.hidden_size > 1 else longest
+        steps = torch.logspace(shortest, longest, self.hidden_size, 2)
         return (steps - 1).log()
 
     def flatten_parameters(self) -> None:
@@ -182,7 +186,7 @@ class _MinimalRNN(nn.Module):
         return output.squeeze(1), self._paired(h)
 
     def _single(self, state: State | None) -> Tensor | None:
-        if isinstance(state, tuple) != self.return_cell and state is not None:
+        if isinstance(state, (tuple, list)) != self.return_cell and state is not None:
             raise TypeError(
                 "with return_cell=True a state is a pair (h, c)"
                 if self.return_cell
@@ -251,7 +255,7 @@ class _MinimalRNN(nn.Module):
         if resets is not None or mask is not None:
             raise ValueError("a PackedSequence has its own lengths: pass no resets and no mask")
         x, lengths = pad_packed_sequence(packed, batch_first=True)
-        valid = torch.arange(x.shape[1]) < lengths.unsqueeze(1)
+        valid = torch.arange(x.shape[1], device=lengths.device) < lengths.unsqueeze(1)
         output, h_n = self._run(x, hx, None, valid.to(x.device), batch_first=True)
         in_order = packed.sorted_indices is None
         return pack_padded_sequence(output, lengths, True, enforce_sorted=in_order), h_n

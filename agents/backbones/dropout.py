@@ -22,17 +22,22 @@ class Dropout(nn.Module):
 
     Args:
         p: Chance of an element to become zero in training; the others are divided by 1 - p.
+
+    Raises:
+        ValueError: If it is no chance, in the words of ``nn.Dropout``.
     """
 
     def __init__(self, p: float):
         super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, in training with elements dropped that follow from torch's generator."""
         if not (self.training and self.p):
             return x
-        if x.device.type != "cpu" or x.dtype != torch.float32:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or self.p == 1:
             return functional.dropout(x, self.p)
         key = torch.randint(2**63 - 1, (1,))
         return torch.ops.minrl.dropout(x, key, self.p)
@@ -52,7 +57,7 @@ def _dropout(x: Tensor, key: Tensor, p: float) -> Tensor:
     x, scale = x.contiguous(), torch.full((1,), 1 / (1 - p))
     y = empty_like(x, *x.shape)
     pointers = (tensor.data_ptr() for tensor in (x, y, scale))
-    numbers = (number & 0xFFFFFFFF, number >> 32, round(p * 2**32))
+    numbers = (number & 0xFFFFFFFF, number >> 32, min(round(p * 2**32), 2**32 - 1))
     run_parallel(kernels["dropout"], (*pointers, *numbers), x.numel(), least=WORTH_A_THREAD)
     return y
 

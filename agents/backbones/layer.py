@@ -161,7 +161,7 @@ def _backward(
     grad_reset = torch.zeros_like(carry)
     fresh = torch.zeros_like(carry) if reset_state is None else reset_state.contiguous()
     grad_x = empty_like(x, *(x.shape if by_input else (0,)))
-    grad_weight, grad_bias = torch.zeros_like(weight), weight.new_zeros(len(weight))
+    grad_weight, grad_bias = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
     chunks, backend = _chunks(x, batch_first), backend_of(x, gates, activation)
     room = torch.empty_like(packed[chunks[0][0]])
     for chunk, rows in reversed(chunks):
@@ -203,7 +203,7 @@ def _forward_shapes(x, weight, _bias, initial_state, *others):
 def _backward_shapes(_grad_states, grad_last, x, weight, *others):
     return (
         x.new_empty(x.shape if others[-1] else (0,)),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        weight.new_empty(weight.shape),
         weight.new_empty(len(weight)),
         x.new_empty(grad_last.shape),
         x.new_empty(grad_last.shape),

@@ -56,7 +56,8 @@ def gated_scan(
         The states after every step, (B, T, H) or (T, B, H) in the type of ``projected``, and the
         last state, (B, H) in float32 (float64 for float64 inputs).
 
-    An input that is not finite makes the state NaN, until a reset.
+    NaN anywhere in a step, or a candidate that ``g`` takes to infinity, makes the state not finite,
+    until a reset; an infinite gate logit opens or closes the gate.
 
     Raises:
         ValueError: If an option is unknown, or sizes, types or devices do not fit each other.

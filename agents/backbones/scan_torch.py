@@ -80,7 +80,7 @@ def scan_forward(
     states = _recur(entering, leave, initial_state, time, starts)
     results = states.to(projected.dtype), states.select(time, -1)
     if out is None:
-        return results[0], results[1].clone()
+        return results[0].contiguous(), results[1].clone(memory_format=torch.contiguous_format)
     return tuple(place.copy_(result) for place, result in zip(out, results, strict=True))
 
 
@@ -137,7 +137,7 @@ def scan_backward(
         grad_projected = grad_projected.masked_fill(~mask.unsqueeze(-1), 0.0)
     grad_projected = grad_projected.to(projected.dtype)
     if out is None:
-        return grad_projected, grad_initial, grad_reset
+        return grad_projected, grad_initial.contiguous(), grad_reset
     return out[0].copy_(grad_projected), out[1].copy_(grad_initial), out[2].add_(grad_reset)
 
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -210,6 +211,45 @@ def test_a_bad_observation_is_refused_by_row_and_changes_nothing(bad):
     after = agent.act(observations[1], rewards[0])
     expected = act_through(make_agent(), observations[:2], rewards[:2])[1]
     assert np.array_equal(after, expected)
+
+
+@every_kind
+def test_any_array_of_observations_is_taken_as_it_is(kind):
+    agent = make_agent(kind)
+    observations = make_episode(1)[0][0]
+    expected = agent.act(observations)
+    read_only = observations.copy()
+    read_only.flags.writeable = False
+    for same in (observations[::-1].copy()[::-1], read_only, observations.T.copy().T):
+        agent.reset()
+        assert np.array_equal(agent.act(same), expected)
+
+
+def test_a_compiled_step_needs_no_default_device():
+    observation = np.zeros(5, np.float32)
+    expected = make_agent().act(observation)
+    agent = make_agent()
+    with torch.device("meta"):  # stands for "cuda"
+        assert np.array_equal(agent.act(observation), expected)
+
+
+def test_agents_in_several_threads_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    agents = [make_agent("transformer") for _ in range(4)]
+
+    def act(agent):
+        for _ in range(20):
+            agent.act(np.zeros(5, np.float32), 0.0)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(act, agents))
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wrong_shapes_and_a_missing_reward_are_named():

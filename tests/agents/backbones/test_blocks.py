@@ -1,5 +1,6 @@
 """One tester for every backbone: what design.md promises of the state protocol."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -131,6 +132,28 @@ def test_a_reset_starts_from_the_initial_state(kind):
     fresh, _ = backbone(x[1:2, 10:])
     torch.testing.assert_close(y[1:2, 10:], fresh, atol=1e-12, rtol=0)
     assert torch.equal(y[[0, 2]], plain[[0, 2]])
+
+
+@every_backbone
+@pytest.mark.parametrize("poisoned", ["input", "state"])
+def test_a_reset_forgets_what_is_not_a_number(kind, poisoned):
+    backbone = make(kind)
+    x, *_ = make_inputs()
+    resets = torch.zeros(3, 24, dtype=torch.bool)
+    resets[:, 10] = True
+    clean, kept = backbone(x, resets=resets)
+    _, state = backbone(x)
+    if poisoned == "input":
+        x[:, 3] = math.nan
+    else:  # what counts the transformer's tokens is no content
+        counts = kind == "transformer"
+        state = tuple(s if counts and s.shape[-1] == 1 else s * math.nan for s in state)
+    y, last = backbone(x, state if poisoned == "state" else None, resets=resets)
+    pairs = zip((y[:, 10:], *last), (clean[:, 10:], *kept), strict=True)
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    if KINDS[kind]["backbone"] != "mlp":  # it is seen until then
+        assert y[:, 3:5].isnan().all()
 
 
 @every_backbone

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,16 @@ def test_mask_freezes_the_state_and_hides_nan(make):
     torch.testing.assert_close(output[0, 3], output[0, 2])
     assert poisoned.grad.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in cell.parameters())
+
+
+@both
+def test_packed_input_needs_no_default_device(make):
+    cell, packed = make(3, 5), pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    expected, _ = cell(packed)
+    h0 = torch.zeros(1, 2, 5)
+    with torch.device("meta"):  # stands for "cuda"
+        got, _ = cell(packed, h0)
+    assert torch.equal(got.data, expected.data)
 
 
 @both
@@ -198,10 +210,28 @@ def test_memory_spreads_what_the_channels_remember(make):
 
 
 @both
-@pytest.mark.parametrize("wrong", [{"memory": 1}, {"memory": 100, "bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory": 1},
+        {"memory": math.inf},
+        {"memory": math.nan},
+        {"memory": 100, "bias": False},
+    ],
+    ids=str,
+)
 def test_memory_that_cannot_be_is_refused(make, wrong):
     with pytest.raises(ValueError, match="memory needs two steps"):
         make(3, 5, **wrong)
+
+
+@both
+def test_one_channel_alone_has_all_the_memory(make):
+    cell = make(3, 1, candidate="identity", memory=200)
+    with torch.no_grad():
+        cell.bias_ih_l0[-1:] = 0
+    output, _ = cell(torch.zeros(1, 3), torch.ones(1, 1))
+    torch.testing.assert_close(output, torch.tensor([[1 - 1 / 200]]))
 
 
 @both

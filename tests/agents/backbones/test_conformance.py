@@ -168,8 +168,9 @@ def test_a_pair_is_the_single_state_twice():
     x, h = draw(7, 4, 3), draw(2, 4, 5)
     expected, h_n = single(x, h)
     for c in (torch.zeros_like(h), torch.full_like(h, float("nan"))):
-        output, (h_pair, c_pair) = paired(x, (h, c))
-        assert torch.equal(output, expected)
+        for pair in ((h, c), [h, c]):
+            output, (h_pair, c_pair) = paired(x, pair)
+            assert torch.equal(output, expected)
         assert torch.equal(h_pair, h_n)
         assert torch.equal(c_pair, h_n)
     y, (h_step, _) = paired.step(x[0], paired.initial_state(4))

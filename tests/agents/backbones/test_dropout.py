@@ -71,6 +71,19 @@ def test_nothing_is_dropped_when_not_training_or_with_no_chance():
     assert Dropout(0.0)(x) is x
 
 
+def test_everything_may_be_dropped_or_nearly(implementation):
+    x = torch.ones(1000)
+    assert not Dropout(1.0)(x).any()
+    assert not Dropout(1 - 1e-11)(x).any()
+
+
+@pytest.mark.parametrize("p", [1.5, -0.1])
+def test_what_is_no_chance_is_refused_as_pytorch_does(p):
+    for dropout in (Dropout, torch.nn.Dropout):
+        with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+            dropout(p)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_dropped_too(dtype):
     y = Dropout(0.5)(torch.ones(1000, dtype=dtype))

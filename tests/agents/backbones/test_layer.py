@@ -135,6 +135,21 @@ def test_operator_passes_pytorchs_own_checks():
         torch.library.opcheck(torch.ops.minrl.gated_layer.default, arguments)
 
 
+def test_a_weight_may_lie_in_memory_in_any_order():
+    def gradients(function, order):
+        tensors, options = make_inputs()
+        tensors["weight"] = order(tensors["weight"])
+        leaves = {name: x if x is None else x.requires_grad_() for name, x in tensors.items()}
+        output, _ = function(**leaves, **options)
+        return torch.autograd.grad(output.square().sum(), leaves["weight"])[0]
+
+    expected = gradients(gated_layer, lambda weight: weight)
+    compiled = torch.compile(gated_layer, fullgraph=True, backend="aot_eager")
+    for function in (gated_layer, compiled):
+        got = gradients(function, lambda weight: weight.t().contiguous().t())
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_second_derivative_is_refused_not_wrong():
     tensors, options = make_inputs()
     x = tensors.pop("x").requires_grad_()

@@ -10,8 +10,9 @@ from minrl.agents.backbones.scan import gated_scan
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("flags", ["plain", "all"])
-def test_operator_passes_pytorchs_own_checks(flags, dtype):
-    tensors, options = make_inputs(2, 7, 4, flags=flags)
+@pytest.mark.parametrize("length", [7, 200])  # in one piece, and in chunks where it has no kernel
+def test_operator_passes_pytorchs_own_checks(length, flags, dtype):
+    tensors, options = make_inputs(2, length, 4, flags=flags)
     if "reset_state" in tensors:
         tensors["reset_state"] = tensors["reset_state"].repeat(2, 1)
     leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
