@@ -53,7 +53,7 @@ class _MinimalRNN(nn.Module):
             raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
         if memory is not None and (not 2 <= memory < math.inf or not bias):
             raise ValueError(
-                f"memory needs two steps at least, not without end, and a bias, not {memory=}, {bias=}"
+                f"memory needs a bias and a number of steps, at least two, not {memory=}, {bias=}"
             )
         check_construction(input_size, hidden_size, num_layers, dropout)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers

@@ -221,7 +221,7 @@ def test_memory_spreads_what_the_channels_remember(make):
     ids=str,
 )
 def test_memory_that_cannot_be_is_refused(make, wrong):
-    with pytest.raises(ValueError, match="memory needs two steps"):
+    with pytest.raises(ValueError, match="memory needs a bias"):
         make(3, 5, **wrong)
 
 
