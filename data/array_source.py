@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from minrl.data.columns import Columns, count_rows, fit, write_columns
+from minrl.data.columns import Columns, count_rows, fit, fit_flags, write_columns
 from minrl.data.dataset_ids import check_id
 from minrl.data.minari_writer import DatasetCard
+from minrl.data.validate import OnBadEpisode
 from minrl.errors import DatasetError
 
 
-def import_arrays(path: str | Path, card: DatasetCard) -> None:
+def import_arrays(
+    path: str | Path, card: DatasetCard, on_bad_episode: OnBadEpisode = "raise"
+) -> None:
     """Turn an .npz file of flat arrays into an ordinary Minari dataset.
 
     The arrays are those of D4RL, N steps each, one episode after the other: observations (N, O),
@@ -24,22 +28,26 @@ def import_arrays(path: str | Path, card: DatasetCard) -> None:
     Args:
         path: the file, as ``numpy.savez`` writes it.
         card: id, environment and spaces of the dataset.
+        on_bad_episode: "raise" refuses the file if an episode breaks a rule, "drop" leaves such
+            episodes out and warns.
 
     Raises:
-        DatasetError: an array is missing or of another shape than the spaces say, the file cannot
-            be read, or the id is taken.
+        DatasetError: an array is missing or of another shape than the spaces say, an episode is
+            bad, the file cannot be read, or the id is taken.
     """
     check_id(card.dataset_id)
-    write_columns(_read(Path(path), card), card)
+    write_columns(_read(Path(path), card), card, on_bad_episode=on_bad_episode)
 
 
 def _read(path: Path, card: DatasetCard) -> Columns:
+    if not path.is_file():
+        raise DatasetError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):  # numpy would read one array, or look for a pickle
         raise DatasetError(f"{path} is not an .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:
             given = {name: file[name] for name in Columns._fields if name in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DatasetError(f"{path} cannot be read as an .npz file: {error}") from error
     for name in Columns._fields:
         if name not in (*given, "next_observations"):
@@ -52,8 +60,11 @@ def _read(path: Path, card: DatasetCard) -> Columns:
         "actions": (rows, *card.action_space.shape),
     }
     fitted = {
-        name: fit(values, name, path, shapes.get(name, (rows,))) for name, values in given.items()
+        name: (
+            fit_flags(values, name, path, rows)
+            if name in ("terminals", "timeouts")
+            else fit(values, name, path, shapes.get(name, (rows,)))
+        )
+        for name, values in given.items()
     }
-    for name in ("terminals", "timeouts"):
-        fitted[name] = fitted[name].astype(bool)
     return Columns(**{"next_observations": None, **fitted})

@@ -11,6 +11,7 @@ import numpy as np
 from minrl.data.dataset_ids import dataset_folder
 from minrl.data.episodes import Episode
 from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
+from minrl.data.validate import ActionBounds, OnBadEpisode, find_violation, settle_violations
 from minrl.errors import DatasetError
 
 
@@ -62,12 +63,16 @@ class Columns(NamedTuple):
 
 
 def write_columns(
-    columns: Columns, card: DatasetCard, max_episode_steps: int | None = None
+    columns: Columns,
+    card: DatasetCard,
+    max_episode_steps: int | None = None,
+    on_bad_episode: OnBadEpisode = "raise",
 ) -> None:
     """Write a Minari dataset of these steps, cut into episodes as by `Columns.split`.
 
     Raises:
-        DatasetError: the id is taken, or the folder cannot be written.
+        DatasetError: the id is taken, an episode breaks a rule of `find_violation` and is not to be
+            dropped, or the folder cannot be written.
     """
     folder = dataset_folder(card.dataset_id)
     with dataset_lock(card.dataset_id):
@@ -76,7 +81,33 @@ def write_columns(
                 f"dataset {card.dataset_id} exists already in {folder}; remove it, or give "
                 "another --id"
             )
-        write_dataset(card, list(columns.split(max_episode_steps)))
+        episodes = list(columns.split(max_episode_steps))
+        write_dataset(card, sound_episodes(card, episodes, on_bad_episode))
+
+
+def sound_episodes(
+    card: DatasetCard, episodes: list[Episode], on_bad_episode: OnBadEpisode
+) -> list[Episode]:
+    """Return the episodes that break no rule.
+
+    Raises:
+        DatasetError: one does and is not to be dropped, or all do.
+    """
+    space = card.action_space
+    bounds = ActionBounds(space.low.astype(np.float64), space.high.astype(np.float64))
+    bad = {}
+    for index, episode in enumerate(episodes):
+        violation = find_violation(
+            episode.arrays(),
+            index,
+            observation_size=card.observation_space.shape[0],
+            bounds=bounds,
+            is_last=index == len(episodes) - 1,
+        )
+        if violation is not None:
+            bad[index] = violation
+    settle_violations(card.dataset_id, list(bad.values()), len(episodes), on_bad_episode)
+    return [episode for index, episode in enumerate(episodes) if index not in bad]
 
 
 def count_rows(rewards: np.ndarray, path: Path) -> int:
@@ -103,3 +134,18 @@ def fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None
     if shape is not None and values.shape != shape:
         raise DatasetError(f"{path}: {name} have shape {values.shape}, expected {shape}")
     return values
+
+
+def fit_flags(values: np.ndarray, name: str, path: Path, rows: int) -> np.ndarray:
+    """Return a column of flags as bool.
+
+    Raises:
+        DatasetError: it is of another shape, or a value is neither 0 nor 1, such as NaN.
+    """
+    values = fit(values, name, path, (rows,))
+    other = np.flatnonzero((values != 0) & (values != 1))
+    if other.size:
+        raise DatasetError(
+            f"{path}: {name} must be 0 or 1 each, not {values[other[0]]} as at step {other[0]}"
+        )
+    return values.astype(bool)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minrl.data.columns import Columns, count_rows, fit, write_columns
+from minrl.data.columns import Columns, count_rows, fit, fit_flags, write_columns
 from minrl.data.dataset_ids import check_id
 from minrl.data.hdf5_guard import GuardedFile
 from minrl.data.minari_writer import DatasetCard
+from minrl.data.validate import OnBadEpisode
 from minrl.errors import DatasetError
 
 _MAX_EPISODE_STEPS = 1000
@@ -41,6 +42,7 @@ def import_d4rl(
     dataset_id: str | None = None,
     *,
     reference_scores: Mapping[str, tuple[float, float]] | None = None,
+    on_bad_episode: OnBadEpisode = "raise",
 ) -> str:
     """Turn a D4RL v2 HDF5 file into an ordinary Minari dataset.
 
@@ -54,12 +56,15 @@ def import_d4rl(
         dataset_id: the id to give it; by default `d4rl/hopper/medium-replay-v2` and so on, after
             the file's name. The id or the file's name must tell hopper, halfcheetah or walker2d.
         reference_scores: returns for 0 and 100 percent by those names, written into the metadata.
+        on_bad_episode: "raise" refuses the file if an episode breaks a rule, "drop" leaves such
+            episodes out and warns.
 
     Returns:
         The id of the dataset.
 
     Raises:
-        DatasetError: the file is none of D4RL's, its task is not known, or the id is taken.
+        DatasetError: the file is none of D4RL's, its task is not known, an episode is bad, or the
+            id is taken.
     """
     path = Path(path)
     if path.suffix in (".pkl", ".pickle"):
@@ -73,7 +78,7 @@ def import_d4rl(
     task = _TASKS[task_name]
     columns = _read(path, task)
     card = _describe(path, dataset_id, task, columns, (reference_scores or {}).get(task_name))
-    write_columns(columns, card, _MAX_EPISODE_STEPS)
+    write_columns(columns, card, _MAX_EPISODE_STEPS, on_bad_episode)
     return dataset_id
 
 
@@ -105,11 +110,11 @@ def _read(path: Path, task: _Task) -> Columns:
                 observations=_column(file, "observations", path, wide),
                 actions=_column(file, "actions", path, (rows, task.action_size)),
                 rewards=fit(rewards, "rewards", path, (rows,)),
-                terminals=_column(file, "terminals", path, (rows,)).astype(bool),
+                terminals=fit_flags(_column(file, "terminals", path), "terminals", path, rows),
                 timeouts=(
                     np.zeros(rows, bool)
                     if timeouts is None
-                    else fit(timeouts, "timeouts", path, (rows,)).astype(bool)
+                    else fit_flags(timeouts, "timeouts", path, rows)
                 ),
                 next_observations=(
                     None if following is None else fit(following, "next_observations", path, wide)
@@ -141,7 +146,8 @@ def _describe(
     """Say what the dataset is."""
     from gymnasium.spaces import Box
 
-    dtype = columns.observations.dtype.type
+    dtype = columns.observations.dtype
+    dtype = dtype.type if dtype.kind == "f" else np.float32  # a Box of others has to have bounds
     return DatasetCard(
         dataset_id=dataset_id,
         environment_id=task.environment_id,

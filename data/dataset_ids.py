@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ REMOTE_IDS = tuple(
 """Well-known ids on Minari's server, to suggest from; others can be downloaded too."""
 
 _ID = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*-v[0-9]+")
+_one_writer = threading.Lock()
+_before_writing: dict[str, str | None] = {}  # the path while Minari is shown another
 _LONGEST_ID = 200  # characters; some file systems take no more than 255 in a name
 
 
@@ -54,7 +57,7 @@ def check_id(dataset_id: str) -> str:
 
 def datasets_root() -> Path:
     """Return the folder of all Minari datasets: MINARI_DATASETS_PATH or ~/.minari/datasets."""
-    configured = os.environ.get("MINARI_DATASETS_PATH")
+    configured = _before_writing.get("path", os.environ.get("MINARI_DATASETS_PATH"))
     return Path(configured) if configured else Path.home() / ".minari" / "datasets"
 
 
@@ -65,16 +68,39 @@ def temporary_datasets() -> Iterator[Path]:
     Yields:
         The folder.
     """
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    with tempfile.TemporaryDirectory(prefix="minrl-datasets-") as folder:
-        os.environ["MINARI_DATASETS_PATH"] = folder
+    with (
+        tempfile.TemporaryDirectory(prefix="minrl-datasets-") as folder,
+        _environment_path(folder),
+    ):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def minari_writing_to(folder: Path) -> Iterator[None]:
+    """Have Minari, which knows only the environment variable, write to another folder.
+
+    One thread at a time; what `datasets_root` tells the others stays as it is.
+    """
+    with _one_writer:
+        _before_writing["path"] = os.environ.get("MINARI_DATASETS_PATH")
         try:
-            yield Path(folder)
+            with _environment_path(str(folder)):
+                yield
         finally:
-            if before is None:
-                del os.environ["MINARI_DATASETS_PATH"]
-            else:
-                os.environ["MINARI_DATASETS_PATH"] = before
+            _before_writing.clear()
+
+
+@contextlib.contextmanager
+def _environment_path(path: str) -> Iterator[None]:
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = path
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
 
 
 def dataset_folder(dataset_id: str) -> Path:

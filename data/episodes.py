@@ -51,6 +51,18 @@ class Episode(NamedTuple):
     terminated: bool
     truncated: bool
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what a file holds of it by name, the two flags for every step, (T,) bool."""
+        terminations, truncations = np.zeros((2, len(self.actions)), bool)
+        terminations[-1:], truncations[-1:] = self.terminated, self.truncated
+        return {
+            "observations": self.observations,
+            "actions": self.actions,
+            "rewards": self.rewards,
+            "terminations": terminations,
+            "truncations": truncations,
+        }
+
 
 @dataclass(frozen=True)
 class Episodes:

@@ -86,11 +86,20 @@ def _read_scores(raw: Mapping[str, Any]) -> tuple[float, float] | tuple[None, No
     if None in scores:
         return None, None
     low, high = map(float, scores)
+    check_reference_scores(low, high)
+    return low, high
+
+
+def check_reference_scores(low: float, high: float) -> None:
+    """Do nothing, if returns can be put in percent between these.
+
+    Raises:
+        ValueError: they cannot.
+    """
     if low == high or not math.isfinite(high - low):
         raise ValueError(
             f"ref_min_score {low:g} and ref_max_score {high:g} must be finite and not the same"
         )
-    return low, high
 
 
 def read_metadata(dataset_id: str, folder: Path) -> Metadata:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from minrl.data.dataset_ids import check_id, dataset_folder, datasets_root
+from minrl.data.dataset_ids import check_id, dataset_folder, datasets_root, minari_writing_to
 from minrl.data.episodes import Episode
+from minrl.data.metadata import check_reference_scores
 from minrl.errors import DatasetError
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Box
-    from minari.data_collector import EpisodeBuffer
-
-_ROOT_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,9 @@ class DatasetCard:
         description: what the data is, in words.
         reference_scores: returns that score 0 and 100 percent, None when not known.
         requirements: pip requirements of the environment.
+
+    Raises:
+        DatasetError: the reference scores are no scale.
     """
 
     dataset_id: str
@@ -48,6 +45,13 @@ class DatasetCard:
     description: str
     reference_scores: tuple[float, float] | None = None
     requirements: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.reference_scores is not None:
+            try:
+                check_reference_scores(*self.reference_scores)
+            except ValueError as error:
+                raise DatasetError(f"dataset {self.dataset_id}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -84,7 +88,7 @@ def write_dataset(card: DatasetCard, episodes: Sequence[Episode]) -> None:
         shutil.rmtree(workshop, ignore_errors=True)  # left by a write that was killed
         workshop.mkdir(parents=True)
         try:
-            with _minari_root(workshop):
+            with minari_writing_to(workshop):
                 _create(card, episodes)
             _make_namespace(card.dataset_id)
             os.replace(workshop / card.dataset_id, folder)
@@ -96,27 +100,15 @@ def write_dataset(card: DatasetCard, episodes: Sequence[Episode]) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _minari_root(root: Path) -> Iterator[None]:
-    """Point Minari at another datasets folder; it knows only the environment variable."""
-    with _ROOT_LOCK:
-        before = os.environ.get("MINARI_DATASETS_PATH")
-        os.environ["MINARI_DATASETS_PATH"] = str(root)
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["MINARI_DATASETS_PATH"]
-            else:
-                os.environ["MINARI_DATASETS_PATH"] = before
-
-
 def _create(card: DatasetCard, episodes: Sequence[Episode]) -> None:
     """Let Minari write the files."""
     import gymnasium
     import minari
+    from minari.data_collector import EpisodeBuffer
 
-    buffers = [_to_buffer(index, episode) for index, episode in enumerate(episodes)]
+    buffers = [
+        EpisodeBuffer(id=index, **episode.arrays()) for index, episode in enumerate(episodes)
+    ]
     with warnings.catch_warnings():
         # Minari wishes for an e-mail address and a link, and for the environment, which is added
         # below as its specification: given as such, Minari would make it (several times).
@@ -137,24 +129,6 @@ def _create(card: DatasetCard, episodes: Sequence[Episode]) -> None:
     if card.reference_scores is not None:
         metadata["ref_min_score"], metadata["ref_max_score"] = card.reference_scores
     dataset.storage.update_metadata(metadata)
-
-
-def _to_buffer(index: int, episode: Episode) -> EpisodeBuffer:
-    """Return Minari's form of an episode, with a flag for every step."""
-    from minari.data_collector import EpisodeBuffer
-
-    terminations = np.zeros(len(episode.actions), bool)
-    truncations = np.zeros(len(episode.actions), bool)
-    terminations[-1] = episode.terminated
-    truncations[-1] = episode.truncated
-    return EpisodeBuffer(
-        id=index,
-        observations=episode.observations,
-        actions=episode.actions,
-        rewards=episode.rewards,
-        terminations=terminations,
-        truncations=truncations,
-    )
 
 
 def _make_namespace(dataset_id: str) -> None:

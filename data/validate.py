@@ -10,11 +10,11 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from minrl.errors import DatasetError
+from minrl.errors import ConfigError, DatasetError
 
 OnBadEpisode = Literal["raise", "drop"]
 
@@ -26,6 +26,16 @@ LARGEST_ACTION = 1e30
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _BOUND_TOLERANCE = 1e-6  # relative to the bound where that is above 1; float32 rounds there
+
+
+def check_policy(on_bad_episode: str) -> None:
+    """Do nothing, if it is one of ``OnBadEpisode``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if on_bad_episode not in get_args(OnBadEpisode):
+        raise ConfigError(f'on_bad_episode must be "raise" or "drop", got {on_bad_episode!r}')
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,9 @@ def find_violation(
     """Return the first rule that this episode breaks, None if it is sound.
 
     Rules: `arrays` (all five are there), `dtype` (numbers), `empty`, `shape`, `lengths` (T actions,
-    rewards and flags, T+1 observations), `finite` (as float32), `bounds` (actions in their Box, and
-    none beyond 1e30), `flags` (an end only at the last step), `end` (only the file's last episode
-    may be unfinished).
+    rewards and flags, T+1 observations), `finite` (as float32, sums of rewards too), `bounds`
+    (actions in their Box, and none beyond 1e30), `flags` (an end only at the last step), `end`
+    (only the file's last episode may be unfinished).
     Terminated and truncated together is sound: Gymnasium gives both when an episode ends by itself
     on the last step of its time limit.
 
@@ -128,14 +138,21 @@ def _check_shapes(
 def _check_finite(episode: Mapping[str, np.ndarray], index: int) -> Violation | None:
     for name in ("observations", "actions", "rewards"):
         values = episode[name]
-        # A NaN makes the comparison false too.
-        bad = ~(np.abs(values) <= _FLOAT32_MAX)
+        # In float64, since float16 takes the limit for infinity, and the least int64 has no
+        # absolute value; a NaN makes the comparison false too.
+        bad = ~(np.abs(values.astype(np.float64)) <= _FLOAT32_MAX)
         if bad.any():
             step, *column = np.argwhere(bad)[0].tolist()
             where = f" [{column[0]}]" if column else ""
             value = values[(step, *column)]
             detail = f"{name}{where} = {value}, which is not a finite float32"
             return Violation("finite", index, step, detail)
+    returns_to_go = np.cumsum(episode["rewards"][::-1].astype(np.float64))[::-1]
+    too_large = np.flatnonzero(~(np.abs(returns_to_go) <= _FLOAT32_MAX))
+    if too_large.size:
+        step = int(too_large[-1])
+        detail = f"rewards add up to {returns_to_go[step]:g}, which is not a finite float32"
+        return Violation("finite", index, step, detail)
     return None
 
 
@@ -180,8 +197,8 @@ def settle_violations(
     count = f"{len(violations)} of {num_episodes} episodes are bad"
     if on_bad_episode == "raise":
         raise DatasetError(
-            f"dataset {dataset_id}: {violations[0]} ({count}). Fix the data, or load it without "
-            "them by --on-bad-episode drop"
+            f"dataset {dataset_id}: {violations[0]} ({count}). Fix the data, or leave them out "
+            "by --on-bad-episode drop"
         )
     rules = ", ".join(f"{rule} {n}" for rule, n in Counter(v.rule for v in violations).items())
     if len(violations) == num_episodes:

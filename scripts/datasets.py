@@ -13,6 +13,7 @@ from minrl.data.dataset_ids import dataset_folder
 from minrl.data.episodes import DatasetInfo, Episodes
 from minrl.data.minari_source import list_datasets, load_dataset
 from minrl.data.minari_writer import DatasetCard
+from minrl.data.validate import check_policy
 from minrl.envs.make import check_spaces, make_env
 from minrl.envs.scores import REFERENCE_SCORES, reference_scores
 from minrl.errors import ConfigError, EnvError
@@ -79,14 +80,19 @@ def inspect_command(
 def import_d4rl_command(
     file: tyro.conf.Positional[Path],
     id: str | None = None,
+    on_bad_episode: Annotated[str, tyro.conf.arg(metavar="raise|drop")] = "raise",
 ) -> None:
     """Turn a D4RL v2 file (HDF5) into a Minari dataset.
 
     Args:
         file: Such as hopper_medium-v2.hdf5.
         id: Id to give it; by default d4rl/hopper/medium-v2 and so on, after the file's name.
+        on_bad_episode: "drop" leaves out episodes that break a rule, and says so.
     """
-    dataset_id = import_d4rl(file, id, reference_scores=REFERENCE_SCORES)
+    check_policy(on_bad_episode)
+    dataset_id = import_d4rl(
+        file, id, reference_scores=REFERENCE_SCORES, on_bad_episode=on_bad_episode
+    )
     print("\n".join(describe(load_dataset(dataset_id))))
 
 
@@ -96,6 +102,7 @@ def import_arrays_command(
     environment: str,
     reference_scores: tuple[float, float] | None = None,
     algorithm: str = "unknown",
+    on_bad_episode: Annotated[str, tyro.conf.arg(metavar="raise|drop")] = "raise",
 ) -> None:
     """Turn an .npz file of your own into a Minari dataset.
 
@@ -108,7 +115,9 @@ def import_arrays_command(
         environment: Gymnasium id of the environment it is from.
         reference_scores: Returns that score 0 and 100 percent.
         algorithm: What chose the actions.
+        on_bad_episode: "drop" leaves out episodes that break a rule, and says so.
     """
+    check_policy(on_bad_episode)
     made = make_env(environment)
     check_spaces(made)
     card = DatasetCard(
@@ -121,7 +130,7 @@ def import_arrays_command(
         reference_scores=reference_scores,
     )
     made.close()
-    import_arrays(file, card)
+    import_arrays(file, card, on_bad_episode)
     print("\n".join(describe(load_dataset(id))))
 
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from minrl.cli import main
+from minrl.data.dataset_ids import dataset_folder
 from minrl.data.minari_source import load_dataset
-from minrl.errors import DatasetError
+from minrl.errors import ConfigError, DatasetError
 from minrl.scripts.datasets import import_arrays_command
 
 PENDULUM = {"environment": "Pendulum-v1"}
@@ -69,12 +70,37 @@ def test_next_observations_and_reference_scores_are_kept(save):
         ({"actions": np.zeros(24)}, r"actions have shape \(24,\), expected \(25, 1\)"),
         ({"rewards": np.array(["a"] * 25)}, "rewards are <U1, not real numbers"),
         ({"rewards": np.float64(3)}, "no rows"),
+        ({"terminals": np.full(25, np.nan)}, "terminals must be 0 or 1 each, not nan as at step 0"),
+        ({"timeouts": np.arange(25)}, "timeouts must be 0 or 1 each, not 2 as at step 2"),
+        ({"rewards": np.full(25, np.nan)}, r"rule finite, episode 0, step 0: rewards = nan"),
+        ({"actions": np.full((25, 1), 3.0)}, r"rule bounds, episode 0.*outside \[-2, 2\]"),
         ({"rewards": np.array([print] * 25)}, "cannot be read as an .npz file: Object arrays"),
     ],
 )
 def test_what_is_wrong_is_named(save, changes, message):
     with pytest.raises(DatasetError, match=message):
         import_arrays_command(save(**changes), id="test/arrays/wrong-v0", **PENDULUM)
+    assert not dataset_folder("test/arrays/wrong-v0").exists()  # in the way of what is right
+
+
+@pytest.mark.parametrize("scores", [(5.0, 5.0), (float("nan"), 5.0)])
+def test_reference_scores_that_are_no_scale_are_refused(save, scores):
+    with pytest.raises(DatasetError, match="must be finite and not the same"):
+        import_arrays_command(
+            save(), id="test/arrays/wrong-v0", reference_scores=scores, **PENDULUM
+        )
+    assert not dataset_folder("test/arrays/wrong-v0").exists()
+
+
+def test_bad_episodes_can_be_left_out(save):
+    rewards = np.ones(25)
+    rewards[12] = np.inf
+    path, name = save(rewards=rewards), "test/arrays/dropped-v0"
+    with pytest.warns(UserWarning, match="1 of 3 episodes are bad and dropped"):
+        import_arrays_command(path, id=name, on_bad_episode="drop", **PENDULUM)
+    assert load_dataset(name).lengths.tolist() == [10, 7]
+    with pytest.raises(ConfigError, match='must be "raise" or "drop", got'):
+        import_arrays_command(path, id=name, on_bad_episode="keep", **PENDULUM)
 
 
 def test_what_is_no_npz_file_is_refused(tmp_path, save):
@@ -83,8 +109,16 @@ def test_what_is_no_npz_file_is_refused(tmp_path, save):
     np.save(single, np.zeros(3))
     cut = tmp_path / "cut.npz"
     cut.write_bytes(save().read_bytes()[:-100])
-    for path in (text, single, cut, tmp_path / "missing.npz"):
+    damaged = tmp_path / "damaged.npz"
+    np.savez_compressed(damaged, **make_arrays())
+    content = bytearray(damaged.read_bytes())
+    content[200:400] = bytes(200)
+    damaged.write_bytes(content)
+    for path in (text, single, cut, damaged, tmp_path):
         with pytest.raises(DatasetError, match=path.name):
+            import_arrays_command(path, id="test/arrays/wrong-v0", **PENDULUM)
+    for path in (tmp_path, tmp_path / "missing.npz"):
+        with pytest.raises(DatasetError, match="there is no file"):
             import_arrays_command(path, id="test/arrays/wrong-v0", **PENDULUM)
 
 

@@ -155,6 +155,22 @@ def test_file_of_another_layout_is_refused(root, tmp_path, changes, message):
     assert not (root / "d4rl").exists()
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64])
+def test_observations_that_are_whole_numbers_are_taken(root, tmp_path, dtype):
+    arrays = columns(10)
+    for name in ("observations", "next_observations"):
+        arrays[name] = (arrays[name] > 0).astype(dtype)
+    episodes = load_file(tmp_path / "hopper_medium-v2.hdf5", arrays)
+    assert np.array_equal(episodes.observations, arrays["observations"])
+
+
+@pytest.mark.parametrize("name", ["terminals", "timeouts"])
+def test_a_flag_that_is_not_a_number_is_no_end(root, tmp_path, name):
+    arrays = columns(10) | {name: np.full(10, np.nan)}
+    with pytest.raises(DatasetError, match=f"{name} must be 0 or 1 each, not nan as at step 0"):
+        load_file(tmp_path / "hopper_medium-v2.hdf5", arrays)
+
+
 def test_pickles_and_other_files_are_refused(root, tmp_path):
     for name in ("hopper-medium-v2.pkl", "hopper-medium-v2.pickle"):
         with pytest.raises(DatasetError, match="is a pickle, which can run any code"):

@@ -3,6 +3,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minrl.data.minari_source as source
+from minrl.data import dataset_ids, minari_writer
 from minrl.data.episodes import Episode
 from minrl.data.minari_source import list_datasets, load_dataset, local_ids
 from minrl.errors import ConfigError, DatasetError
@@ -337,3 +339,20 @@ def test_a_million_steps_load_within_five_seconds_and_half_a_second_after(root, 
         begin = time.perf_counter()
         assert load_dataset(NAME).num_steps == 1_000_000
         assert time.perf_counter() - begin < limit
+
+
+def test_while_a_dataset_is_written_others_are_found(root, write, make_episodes, monkeypatch):
+    write("test/there/before-v0", make_episodes([5]))
+    create, found = minari_writer._create, []
+
+    def look_meanwhile(card, episodes):
+        found.append(load_dataset("test/there/before-v0", download=False).num_steps)
+        create(card, episodes)
+
+    monkeypatch.setattr(minari_writer, "_create", look_meanwhile)
+    write("test/there/after-v0", make_episodes([7]))
+    assert found == [5]
+    assert load_dataset("test/there/after-v0", download=False).num_steps == 7
+    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    with dataset_ids.minari_writing_to(root):
+        assert dataset_ids.datasets_root() == Path.home() / ".minari" / "datasets"

@@ -56,6 +56,12 @@ BAD = {
     "infinite unbounded action": (put("actions", (2, 1), INF), "finite", 2),
     "nan reward": (put("rewards", 2, NAN), "finite", 2),
     "infinite reward": (put("rewards", 0, INF), "finite", 0),
+    "infinite half-precision observation": (
+        replace(observations=np.full((4, 3), INF, np.float16)),
+        "finite",
+        0,
+    ),
+    "rewards whose sum is beyond float32": (put("rewards", slice(0, 2), 3e38), "finite", 0),
     "reward beyond float32": (put("rewards", 0, 1e300), "finite", 0),
     "action above its bound": (put("actions", (2, 0), 1e9), "bounds", 2),
     "action below its bound": (put("actions", (0, 0), -1.1), "bounds", 0),
