@@ -1,5 +1,7 @@
 """What the header of an agent's file may ask for: nobody vouches for it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,9 @@ def check_info(info: dict) -> None:
     ):
         if not is_of(there.get(name), declared):
             raise ValueError(f"its {name} is {there[name]!r:.50}")
+    lowest, highest = dataset.get("reference_min"), dataset.get("reference_max")
+    if None not in (lowest, highest) and not 0 < abs(highest - lowest) < math.inf:
+        raise ValueError(f"its reference_min is {lowest!r:.50}, its reference_max {highest!r:.50}")
 
 
 def refuse_much_memory(model: TrajectoryModel, steps: int) -> None:

@@ -142,8 +142,8 @@ def make_limited_env(
         check_spaces(environment)
         if environment.spec is None or environment.spec.max_episode_steps is None:
             raise EnvError(
-                f"environment {environment_id!r} has no limit on the length of an episode; give "
-                "max_episode_steps"
+                f"environment {environment_id!r} has no limit on the length of an episode; "
+                "register it with max_episode_steps, or give that where a function takes it"
             )
     except EnvError:
         environment.close()

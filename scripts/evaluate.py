@@ -1,6 +1,7 @@
 """``minrl evaluate``: a trained run in its environment, every target, last and best checkpoint."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tqdm.auto import tqdm
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import choose_device
 from minrl.envs.evaluation import Evaluation, EvaluationError
-from minrl.envs.make import check_spaces, make_env
+from minrl.envs.make import make_limited_env
 from minrl.envs.rollout import evaluate
 from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.plots import plot_target_vs_return
@@ -203,19 +204,22 @@ def check_environment(name: str, sizes: tuple[int, int], belongs_to: str | None,
         what: "the data" or "this checkpoint".
 
     Raises:
-        EnvError: If there is no such environment or it is not supported.
+        EnvError: If there is no such environment, it is not supported, or has no time limit.
         ConfigError: If it is another one.
     """
-    environment = make_env(name)
-    check_spaces(environment)
+    environment = make_limited_env(name)
     found = environment.observation_space.shape[0], environment.action_space.shape[0]
     environment.close()
-    other = belongs_to is not None and name.rpartition("-v")[0] != belongs_to.rpartition("-v")[0]
+    other = belongs_to is not None and _without_version(name) != _without_version(belongs_to)
     if other or found != sizes:
         raise ConfigError(
             f"{what} is from {belongs_to or 'elsewhere'} ({sizes[0]} observations, {sizes[1]} "
             f"actions), not from {name} ({found[0]} and {found[1]})"
         )
+
+
+def _without_version(environment_id: str) -> str:
+    return re.sub(r"-v\d+$", "", environment_id)
 
 
 def plot_asked_against_got(run: Path | str, *, lowest: float) -> None:

@@ -129,6 +129,9 @@ def version_of(name: str) -> str | None:
 
 def _commit() -> str | None:
     """Return the commit of the sources, "-modified" added if they differ; None if not known."""
+    # Or git would speak of another repository, one that an environment with us in it lies in.
+    if _run("git", "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
     commit = _run("git", "rev-parse", "HEAD")
     changes = _run("git", "status", "--porcelain", "--", ":/*.py")
     return f"{commit}-modified" if commit and changes else commit

@@ -18,6 +18,12 @@ from minrl.scripts.reports.methods import name_methods
 from minrl.scripts.reports.page import make_page
 from minrl.scripts.reports.summary import FORMAT, summarise
 
+PARTS = {
+    *("report", "methods", "tasks", "cells", "comparisons", "ablations", "protocol", "runs"),
+    *("unfinished", "left_out", "latency", "machine", "made", "minrl"),
+}
+"""What a report.json has at its top."""
+
 
 def report(runs: tuple[Path, ...], /, output: Path = Path("report"), latency: bool = True) -> None:
     """Report on finished runs: tables, statistics over tasks and seeds, figures.
@@ -33,6 +39,8 @@ def report(runs: tuple[Path, ...], /, output: Path = Path("report"), latency: bo
     """
     if not runs:
         raise ConfigError("name at least one folder of runs")
+    if runs[0].is_file() and len(runs) > 1:
+        raise ConfigError(f"{runs[0]} is a report of its own: nothing can be added to it")
     study = read_report(runs[0]) if runs[0].is_file() else make_report(runs, latency=latency)
     write_report(study, output)
     for name in ("report.html", "report.md", "report.json"):
@@ -70,6 +78,8 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not the report.json of a report: {error}") from error
     if known != FORMAT:
         raise ConfigError(f"{path} has format {known}; this version of minrl reads {FORMAT}")
+    if missing := PARTS - study.keys():
+        raise ConfigError(f"{path} is not the report.json of a report: it has no {min(missing)}")
     return study
 
 

@@ -19,6 +19,7 @@ from minrl.data.minari_source import load_dataset
 from minrl.errors import ConfigError
 from minrl.scripts.match_parameters import count_parameters
 from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.train import complete
 from minrl.scripts.train_config import PRESETS, TrainConfig, flatten
 
 # Behaviour cloning is the backbone without memory, on all episodes or on the best tenth.
@@ -28,7 +29,6 @@ TASKS = {re.sub(r"^minrl/(.*)-v0$", r"\1", name): name for name in EMBEDDED_IDS}
 # What the grid itself decides, and what may differ between a run and its continuation.
 OF_THE_GRID = ("dataset", "backbone", "preset", "seed", "run_dir", "match_parameters")
 FREE = ("run_dir", "device", "final_episodes")
-FROM_THE_DATA = ("targets", "environment", "return_scale", "attention_context")
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,10 @@ def configure(
             raise ConfigError(f"{setting!r} must be of the form name=value")
         if name.replace("-", "_") in OF_THE_GRID:
             raise ConfigError(f"{name} is not for --set or --vary: it has a flag of its own")
-        flags += [f"--{name}", *shlex.split(value)]
+        try:
+            flags += [f"--{name}", *shlex.split(value)]
+        except ValueError as error:
+            raise ConfigError(f"{setting!r} cannot be read: {error}") from error
     parsing = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     return tyro.cli(TrainConfig, prog="minrl train", args=flags, default=base, config=parsing)
 
@@ -191,6 +194,12 @@ def load_sizes(dataset: tuple[str, ...], on_bad_episode: str) -> tuple[int, int]
     """Make the dataset if it is not there, and return its sizes of observations and actions."""
     info = load_dataset(dataset, on_bad_episode=on_bad_episode).info
     return info.observation_size, len(info.action_low)
+
+
+@lru_cache
+def completed(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with what the data decides filled in."""
+    return complete(config, load_dataset(config.dataset, on_bad_episode=config.on_bad_episode))
 
 
 def budget_of(
@@ -210,14 +219,13 @@ def refuse_other_settings(run: TrainConfig) -> None:
     folder = RunFolder(run.run_dir)
     if not (folder.path / "config.json").exists():
         return
+    wanted = completed(dataclasses.replace(run, seed=0, run_dir=None))
     there, wanted = (
         json.loads(json.dumps(flatten(config), default=str))
-        for config in (folder.read_config(), run)
+        for config in (folder.read_config(), dataclasses.replace(wanted, seed=run.seed))
     )
-    matched = ("width",) if run.match_parameters else ()
     for name, value in wanted.items():
-        completed = name in FROM_THE_DATA and not value
-        if there[name] != value and not completed and name not in (*FREE, *matched):
+        if there[name] != value and name not in FREE:
             raise ConfigError(
                 f"{folder.path} is a run with {name.replace('_', '-')} {there[name]!r}, not "
                 f"{value!r}: choose another folder for this study"

@@ -48,7 +48,7 @@ def is_done(config: TrainConfig) -> bool:
             return (run.path / "learning_curve.png").exists()
         found = {tuple(row[name] for name in KEY) for row in final_evaluations(run, config)}
         drawn = run.path / "target_vs_return.png"
-        return found == keys_of_final_evaluations(run, config) and drawn.exists()
+        return keys_of_final_evaluations(run, config) <= found and drawn.exists()
     except CheckpointError:  # damaged: whoever carries it out will say how
         return False
 

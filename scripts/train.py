@@ -67,6 +67,11 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             losses, unevaluated = [], False
             if resume:
                 losses = restore(trainer, run, episodes)
+                if trainer.step_count > config.steps:
+                    raise ConfigError(
+                        f"{run.path} is at step {trainer.step_count} already: steps must be at "
+                        f"least that, not {config.steps}"
+                    )
                 unevaluated = not run.was_evaluated(config, trainer.step_count)
                 continue_run(run, config, trainer.step_count, evaluated=not unevaluated)
             describe(run, episodes, trainer)

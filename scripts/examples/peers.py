@@ -28,7 +28,7 @@ from minrl.agents.training import choose_device
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.envs.rollout import Policy, evaluate
-from minrl.errors import ConfigError
+from minrl.errors import ConfigError, MinrlError
 from minrl.scripts.examples.d3rlpy_agents import (
     INSTALL,
     MemorylessPolicy,
@@ -311,4 +311,7 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    try:
+        main(tyro.cli(Settings))
+    except MinrlError as error:
+        raise SystemExit(f"peers: error: {error}") from None

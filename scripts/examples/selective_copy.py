@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from minrl.agents.backbones.blocks import Backbone
 from minrl.agents.training import choose_device
-from minrl.errors import ConfigError
+from minrl.errors import ConfigError, MinrlError
 
 NOISE = 0
 
@@ -264,4 +264,7 @@ def main(settings: Settings) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    try:
+        main(tyro.cli(Settings))
+    except MinrlError as error:
+        raise SystemExit(f"selective_copy: error: {error}") from None

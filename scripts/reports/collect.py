@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from minrl.agents.trajectory import TrajectoryModel
-from minrl.errors import CheckpointError, ConfigError
+from minrl.agents.agent_header import build_model, check_info
+from minrl.agents.checkpoint import is_finite_number, load_weights
+from minrl.agents.files import read_text
+from minrl.envs.scores import reference_scores
+from minrl.errors import CheckpointError, ConfigError, EnvError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import FINAL_SEED, TrainConfig, flatten
 
@@ -24,7 +27,7 @@ class Run:
     Attributes:
         path: Where it is.
         folder: The same below the folder that was asked for.
-        datasets: Ids.
+        datasets: Ids, those of a union one by one.
         environment: Gymnasium id, None if not known.
         seed: Of the training.
         steps: Training steps.
@@ -35,6 +38,7 @@ class Run:
         curve: By target the evaluations while training: "steps", "return" and "score".
         step_seconds: Of a training step; None if not known.
         parameters: Of the model; None if not known.
+        references: Returns that score 0 and 100 percent; None if not known.
         score_note: What its scores may be compared with.
         versions: Of libraries, by name.
         machine: That it was trained on, if known.
@@ -56,6 +60,7 @@ class Run:
     curve: dict[str, Any] = field(default_factory=dict)
     step_seconds: float | None = None
     parameters: int | None = None
+    references: tuple[float, float] | None = None
     score_note: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     machine: str | None = None
@@ -105,9 +110,15 @@ def read_run(path: Path, name: str) -> Run:
         LeftOut: If it is not finished, or cannot be read.
     """
     try:
-        return _read_peer(path, name) if (path / PEER_FILE).exists() else _read_ours(path, name)
-    except (ConfigError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        run = _read_peer(path, name) if (path / PEER_FILE).exists() else _read_ours(path, name)
+    except LeftOut:
+        raise
+    except Exception as error:  # of many kinds: anything may be in the files of a stranger
         raise LeftOut(f"cannot be read: {type(error).__name__}: {error}") from error
+    if run.references is None and run.environment is not None:
+        with contextlib.suppress(EnvError):
+            run.references = reference_scores(run.environment)
+    return run
 
 
 def _read_ours(path: Path, name: str) -> Run:
@@ -124,7 +135,7 @@ def _read_ours(path: Path, name: str) -> Run:
     run = Run(
         path=path,
         folder=name,
-        datasets=config.dataset,
+        datasets=_each(config.dataset),
         environment=config.environment,
         seed=config.seed,
         steps=config.steps,
@@ -140,12 +151,22 @@ def _read_ours(path: Path, name: str) -> Run:
 
 
 def _read_checkpoint(folder: RunFolder, run: Run) -> None:
-    """Fill in what only checkpoints tell, as far as there are any."""
-    with contextlib.suppress(CheckpointError, IndexError, KeyError, TypeError, RuntimeError):
-        header = folder.checkpoints.header(folder.checkpoints.steps()[-1])
-        run.score_note, run.versions = header["dataset"]["score_note"], header["versions"]
-        run.machine = header.get("trained_on")
-        model = TrajectoryModel.from_description(header["model"])
+    """Fill in what only checkpoints tell, as far as there are any and they are sound."""
+    steps = folder.checkpoints.steps()
+    if not steps:
+        return
+    with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
+        header = folder.checkpoints.header(steps[-1])
+        check_info(header)
+        dataset, machine = header["dataset"], header.get("trained_on")
+        run.score_note = dataset["score_note"]
+        run.machine = None if machine is None else str(machine)
+        run.versions = {str(name): str(version) for name, version in header["versions"].items()}
+        lowest, highest = dataset.get("reference_min"), dataset.get("reference_max")
+        run.references = None if None in (lowest, highest) else (lowest, highest)
+    with contextlib.suppress(Exception):  # of many kinds, where they do not fit each other
+        tensors, header = load_weights(folder.checkpoints.weights(steps[-1]))
+        model = build_model(header["model"], tensors)
         run.parameters = sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -177,7 +198,8 @@ def _choose(lines: list[dict], config: TrainConfig, best_step: int | None) -> li
     chosen: dict[tuple, dict[str, Any]] = {}
     for checkpoint, step in (("last", config.steps), ("best", best_step)):
         for line in lines:
-            acting = line.get("refresh_every", config.refresh_every)
+            acting = line.get("refresh_every")
+            acting = config.refresh_every if acting is None else acting
             of_this_run = line["step"] == step and line["target_return"] in config.targets
             if of_this_run and line["environment_id"] == config.environment:
                 key = (checkpoint, line["target_return"], acting)
@@ -188,6 +210,11 @@ def _choose(lines: list[dict], config: TrainConfig, best_step: int | None) -> li
 
 
 def _summarise(line: dict, checkpoint: str, refresh_every: int | None) -> dict[str, Any]:
+    score = line["normalized"]["mean"] if line["normalized"] else None
+    numbers = {name: line[name] for name in ("step", "episodes", "return_mean", "return_std")}
+    for name, value in (numbers | {"score": score}).items():
+        if not (value is None or is_finite_number(value)):
+            raise ValueError(f"{name} of an evaluation is {value!r:.50}")
     return {
         "checkpoint": checkpoint,
         "step": line["step"],
@@ -197,7 +224,7 @@ def _summarise(line: dict, checkpoint: str, refresh_every: int | None) -> dict[s
         "seed": line["seed"],
         "return_mean": line["return_mean"],
         "return_std": line["return_std"],
-        "score": line["normalized"]["mean"] if line["normalized"] else None,
+        "score": score,
     }
 
 
@@ -222,16 +249,22 @@ def _step_seconds(rows: list[dict]) -> float | None:
 
     Where the machine stood still or was lent to others, their mean would be of that.
     """
-    timed = {row["step"]: row["time/steps_per_s"] for row in rows if "time/steps_per_s" in row}
+    timed = {
+        row["step"]: row["time/steps_per_s"] for row in rows if row.get("time/steps_per_s", 0) > 0
+    }
     if not timed:
         return None
-    steps = sorted(timed)
-    each = np.repeat([1 / timed[step] for step in steps], np.diff([0, *steps]))
-    return float(np.median(each))
+    steps = np.array(sorted(timed))
+    seconds, counts = 1 / np.array([timed[step] for step in steps]), np.diff(steps, prepend=0)
+    order = np.argsort(seconds)
+    seconds, passed = seconds[order], np.cumsum(counts[order])
+    # Of n steps in order the middle one, or the two of it, as if each were written out.
+    middle = np.array([(passed[-1] - 1) // 2, passed[-1] // 2])
+    return float(seconds[np.searchsorted(passed, middle, side="right")].mean())
 
 
 def _read_peer(path: Path, name: str) -> Run:
-    peer = json.loads((path / PEER_FILE).read_text())
+    peer = json.loads(read_text(path / PEER_FILE))
     evaluations = [_summarise(line, line["checkpoint"], None) for line in peer["evaluations"]]
     if not any(evaluation["checkpoint"] == "last" for evaluation in evaluations):
         raise LeftOut("has no evaluation of its last step")
@@ -239,7 +272,7 @@ def _read_peer(path: Path, name: str) -> Run:
     return Run(
         path=path,
         folder=name,
-        datasets=(datasets,) if isinstance(datasets, str) else tuple(datasets),
+        datasets=_each([datasets] if isinstance(datasets, str) else datasets),
         environment=peer["evaluations"][0]["environment_id"],
         seed=peer["seed"],
         steps=peer["steps"],
@@ -252,6 +285,11 @@ def _read_peer(path: Path, name: str) -> Run:
         note=peer.get("note", ""),
         method=peer["method"],
     )
+
+
+def _each(datasets: Sequence[str]) -> tuple[str, ...]:
+    """Return the ids one by one, where some may be joined with "+"."""
+    return tuple("+".join(datasets).split("+"))
 
 
 def headline(run: Run, checkpoint: str, refresh_every: int | None = None) -> dict[str, Any] | None:

@@ -168,7 +168,7 @@ def _protocol(study: dict[str, Any]) -> Section:
     values += [(title, _values(of)) for title, of in protocol["settings"].items()]
     text = (
         "Printed from the configurations that the runs were made with. Scores are percent of "
-        "D4RL's reference returns: 0 is a random policy, 100 an expert."
+        f"{_references(study)}."
     )
     if not notes or not all(note.startswith("D4RL-v2") for note in notes):
         text += (
@@ -183,6 +183,13 @@ def _protocol(study: dict[str, Any]) -> Section:
             "others is shown by the ablations of the learning rate, where there are any."
         )
     return section
+
+
+def _references(study: dict[str, Any]) -> str:
+    """Say what returns are 0 and 100 percent."""
+    own = [task["label"] for task in study["tasks"] if task["own_references"]]
+    text = "D4RL's reference returns: 0 is a random policy, 100 an expert"
+    return f"{text}; on {', '.join(own)} of the dataset's own" if own else text
 
 
 def _data(study: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from minrl.scripts.reports.palette import Style
 INK = "#010203"  # becomes the colour of the text
 WIDTH = 10.6  # inches at 72 units an inch, as wide as the page
 RC = {
+    "text.parse_math": False,  # a dollar sign in a name is one
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "font.size": 9,
     "axes.titlesize": 9.5,

@@ -1,13 +1,10 @@
 """The figures with a panel for each task: learning curves, and return asked against return got."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from minrl.envs.scores import normalized_score, reference_scores
-from minrl.errors import EnvError
 from minrl.scripts.reports.drawing import INK, subplots, to_svg
 from minrl.scripts.reports.methods import OURS
 from minrl.scripts.reports.palette import Style
@@ -108,21 +105,11 @@ def draw_asked(study: dict[str, Any], styles: dict[str, Style]) -> str | None:
         axis.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":", label="as asked")
         axis.set_xlabel("return asked for")
         axis.set_ylabel("return got")
-        expert = _expert_return(task)
-        if expert is not None and expert < 1.3 * ends[1]:
-            axis.axhline(expert, color=INK, linewidth=0.6, alpha=0.5, label="expert, 100 %")
+        _, full = task["references"] or (None, None)
+        if full is not None and full < 1.3 * ends[1]:
+            axis.axhline(full, color=INK, linewidth=0.6, alpha=0.5, label="100 %")
 
     return _draw_panels("asked-got", panels, draw)
-
-
-def _expert_return(task: dict[str, Any]) -> float | None:
-    """Return the return of 100 percent where D4RL's references are the measure."""
-    try:
-        name = task["environment"] or task["id"]
-        highest = reference_scores(name)[1]
-    except EnvError:
-        return None
-    return highest if math.isclose(normalized_score(highest, name), 100.0) else None
 
 
 def _draw_panels(name: str, panels: Sequence[tuple], draw: Callable) -> str:

@@ -214,7 +214,7 @@ def _score_note(study: dict[str, Any], checkpoint: str, usual: int) -> str:
     marks = "" if has_single_seed(study) else marks
     return (
         f"The {checkpoint} checkpoint at the first target, {range_of(episodes, str)} episodes per "
-        "run, in percent of D4RL's reference returns where there are any. "
+        "run, in percent of reference returns where there are any. "
         f"{spread}. {MISSING}: no such run.{marks}"
     )
 

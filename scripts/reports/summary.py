@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minrl.data.dataset_ids import EMBEDDED_IDS
+from minrl.envs.scores import REFERENCE_SCORES
 from minrl.scripts.reports.collect import Run, headline
 from minrl.scripts.reports.comparison import ablations, comparisons
 from minrl.scripts.reports.methods import Method
@@ -16,7 +17,7 @@ from minrl.scripts.reports.protocol import describe_protocol
 from minrl.scripts.reports.statistics import student_interval
 
 CHECKPOINTS = ("last", "best")
-FORMAT = 2
+FORMAT = 3
 
 
 def summarise(
@@ -69,6 +70,8 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
         members = by_task[datasets, environment]
         scored = all(e["score"] is not None for run in members for e in run.evaluations)
         notes = dict.fromkeys(run.score_note for run in members if run.score_note)
+        references = {run.references for run in members}
+        shared = references.pop() if len(references) == 1 else None
         described.append(
             {
                 "id": "+".join(datasets),
@@ -76,6 +79,8 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "environment": environment,
                 "unit": "score" if scored else "return_mean",
                 "score_note": "; ".join(notes) or None,
+                "references": shared,
+                "own_references": shared not in (None, *REFERENCE_SCORES.values()),
                 "targets": list(dict.fromkeys(t for run in members for t in run.targets)),
             }
         )

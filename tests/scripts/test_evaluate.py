@@ -1,11 +1,12 @@
 import re
 
+import gymnasium
 import numpy as np
 import pytest
 from small_runs import make_config
 
 from minrl.agents.checkpoint import CheckpointFolder
-from minrl.errors import CheckpointError, ConfigError
+from minrl.errors import CheckpointError, ConfigError, EnvError
 from minrl.scripts.evaluate import check_environment, evaluate_run
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
@@ -18,6 +19,20 @@ def test_evaluating_in_another_environment_is_refused(finished):
     with pytest.raises(ConfigError, match="the data is from HalfCheetah-v5"):  # of the same sizes
         check_environment("Walker2d-v5", (17, 6), "HalfCheetah-v5", "the data")
     check_environment("HalfCheetah-v4", (17, 6), "HalfCheetah-v5", "the data")
+
+
+def test_environments_without_a_version_or_a_time_limit(monkeypatch):
+    from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+
+    for name, limit in (("Alpha", 10), ("Beta", 10), ("Free-v0", None)):
+        gymnasium.register(name, HopperEnv, max_episode_steps=limit)
+        monkeypatch.delitem(gymnasium.registry, name, raising=False)
+        gymnasium.register(name, HopperEnv, max_episode_steps=limit)
+    check_environment("Alpha", (11, 3), "Alpha", "the data")
+    with pytest.raises(ConfigError, match="the data is from Alpha"):
+        check_environment("Beta", (11, 3), "Alpha", "the data")
+    with pytest.raises(EnvError, match="'Free-v0' has no limit on the length of an episode"):
+        check_environment("Free-v0", (11, 3), None, "the data")
 
 
 @pytest.mark.parametrize(

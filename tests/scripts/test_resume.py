@@ -74,6 +74,13 @@ def test_a_longer_resumed_run_is_still_longer_the_next_time(hopper_id, tmp_path)
     assert run.is_finished()
 
 
+def test_a_run_is_not_resumed_to_an_earlier_step(finished):
+    run = RunFolder(finished)
+    with pytest.raises(ConfigError, match="is at step 12 already: steps must be at least that"):
+        train(dataclasses.replace(run.read_config(), steps=8), resume=finished)
+    assert run.read_config().steps == 12
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(finished, hopper_id, tmp_path):
     path = tmp_path / "run"
     train(make_config(hopper_id, path))

@@ -186,6 +186,23 @@ def test_evaluations_that_a_user_asked_for_are_kept_and_the_cut_one_is_made_agai
     assert sorted(map(str, found)) == sorted(map(str, expected))
 
 
+def test_another_evaluation_by_the_user_leaves_a_run_finished(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    last, *_ = RunFolder(run.run_dir).read_evaluations()
+    RunFolder(run.run_dir).append_evaluation(last | {"checkpoint": "best"})
+    assert is_done(run)
+
+
+def test_what_a_study_was_begun_with_is_asked_for_again(hopper_id, tmp_path, plan):
+    more = ("targets=-500", "return-scale=5")
+    (run,) = plan(tmp_path, more=more)
+    assert carry_out(run)
+    assert plan(tmp_path, more=more) == [run]
+    for given, name in ((more[:1], "return-scale 5"), (more[1:], r"targets \[-500")):
+        with pytest.raises(ConfigError, match=f"is a run with {name}.*: choose another folder"):
+            plan(tmp_path, more=given)
+
+
 def carry_out_and_die(run, moment):
     """Carry out a run in a fork that is killed when it opens or renames its moment-th file."""
     child = os.fork()

@@ -84,6 +84,10 @@ HEADERS = {
     "sizes": (lambda h: h["model"].update(observation_size=-1), "negative dimension"),
     "dataset": (lambda h: h.update(dataset=[1]), "its dataset is"),
     "reference": (lambda h: h.update(dataset={"reference_min": "0"}), "its reference_min is '0'"),
+    "one reference": (
+        lambda h: h.update(dataset={"reference_min": 5.0, "reference_max": 5.0}),
+        "its reference_min is 5.0, its reference_max 5.0",
+    ),
     "environment": (lambda h: h.update(environment=["os:system"]), "its environment is"),
     "step": (lambda h: h.update(step="last"), "its step is 'last'"),
 }

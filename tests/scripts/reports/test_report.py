@@ -1,12 +1,15 @@
 import dataclasses
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
 
+from minrl.agents import checkpoint
+from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.native_step import native_step
 from minrl.agents.step_policy import StepPolicy
@@ -14,6 +17,7 @@ from minrl.errors import ConfigError
 from minrl.scripts.evaluate import evaluate_run
 from minrl.scripts.report import make_report, read_report, report, write_report
 from minrl.scripts.reports.cells import MISSING, mark_best
+from minrl.scripts.reports.collect import find_runs
 from minrl.scripts.reports.content import PICTURES, lead_of
 from minrl.scripts.reports.drawing import RC
 from minrl.scripts.reports.figures import draw_costs
@@ -21,6 +25,7 @@ from minrl.scripts.reports.markdown import make_markdown
 from minrl.scripts.reports.palette import styles_of
 from minrl.scripts.reports.panels import mean_curve
 from minrl.scripts.reports.score_tables import overview, score_table
+from minrl.scripts.reports.summary import FORMAT
 from minrl.scripts.train import train
 from minrl.scripts.train_config import quick
 
@@ -79,6 +84,22 @@ def test_one_real_run_makes_a_report(trained, tmp_path):
     assert 'class="bold' not in page
     assert "not D4RL-v2 scores" in page
     assert "may not be compared with published D4RL tables" in page
+
+
+def test_a_header_describes_no_more_than_the_weights_beside_it(trained, tmp_path):
+    """A model of 5 GB, say, which would be built to count its parameters."""
+    path = tmp_path / "copy"
+    shutil.copytree(trained, path)
+    folder = CheckpointFolder(path / "checkpoints")
+    header = folder.header(folder.last())
+    weights = folder.weights(folder.last())
+    header["model"]["config"]["num_layers"] = 1 << 30
+    weights.with_suffix(".json").write_text(checkpoint._seal(header))
+    assert find_runs([path])[0][0].parameters == find_runs([trained])[0][0].parameters > 10_000
+    tensors, header = load_weights(weights)
+    header["model"]["config"]["num_layers"] = 1 << 30
+    weights.write_bytes(pack_weights(tensors, header))
+    assert find_runs([path])[0][0].parameters is None
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +185,11 @@ def test_what_is_no_report_is_refused(study, tmp_path):
     path.write_text("[]")
     with pytest.raises(ConfigError, match=r"not the report\.json"):
         read_report(path)
+    path.write_text(json.dumps({"report": FORMAT}))
+    with pytest.raises(ConfigError, match="it has no ablations"):
+        read_report(path)
+    with pytest.raises(ConfigError, match="nothing can be added to it"):
+        report((path, tmp_path), output=tmp_path)
     path.write_text(json.dumps(study | {"report": 0}))
     with pytest.raises(ConfigError, match="format 0"):
         read_report(path)

@@ -1,12 +1,16 @@
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
 
 from minrl.errors import ConfigError
+from minrl.scripts.report import make_report, write_report
 from minrl.scripts.reports.collect import find_runs, headline
+from minrl.scripts.reports.markdown import make_markdown
 from minrl.scripts.reports.methods import name_methods
+from minrl.scripts.reports.summary import summarise
 from minrl.scripts.train_config import paper
 
 
@@ -100,6 +104,78 @@ def test_a_run_is_found_once_however_it_is_named(write_run, tmp_path):
     path = write_run()
     runs, _ = find_runs([tmp_path, path, path.parent])
     assert len(runs) == 1
+
+
+HUGE = "1" + "0" * 400
+STRANGE = {
+    "no speed": ("metrics.jsonl", '{"step": 5, "time/steps_per_s": 0}'),
+    "endless steps": ("metrics.jsonl", '{"step": 3000000000, "time/steps_per_s": 1.0}'),
+    "no way to act": ("evaluations.jsonl", '{"refresh_every": null}'),
+    "text for a mean": ("evaluations.jsonl", '{"return_mean": "high"}'),
+    "text for a score": ("evaluations.jsonl", '{"normalized": {"mean": "high"}}'),
+    "endless number": ("evaluations.jsonl", '{"return_mean": HUGE}'.replace("HUGE", HUGE)),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_strange_run_costs_at_most_itself(kind, write_run, tmp_path):
+    write_run("sound-s0")
+    name, strange = STRANGE[kind]
+    path = write_run("strange-s1", seed=1) / name
+    first, *others = path.read_text().splitlines()
+    line = json.dumps(json.loads(first) | json.loads(strange))
+    path.write_text("\n".join([*others, line]) + "\n")
+    study = make_report((tmp_path,), latency=False)
+    assert "sound-s0" in [run["folder"].split("/")[-1] for run in study["runs"]]
+    write_report(study, tmp_path / "report")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "no steps", "list"])
+def test_a_strange_outside_agent_is_left_out(kind, write_run, write_peer, tmp_path):
+    write_run("sound-s0")
+    path = write_peer("iql-s0", 61.0) / "peer.json"
+    peer = json.loads(path.read_text())
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(json.dumps([1] if kind == "list" else peer | {"steps": 0}))
+    runs, left_out = read(tmp_path)
+    assert list(runs) == ["sound-s0"]
+    assert "iql-s0" in left_out[0]["folder"]
+
+
+def test_a_union_is_one_task_however_it_is_written(write_run, tmp_path):
+    both = ("minrl/hopper/medium-v0", "minrl/hopper/medium-replay-v0")
+    for name, dataset, seeds in (("a", both, (0, 1)), ("b", ("+".join(both),), (0, 2))):
+        for seed in seeds:
+            path = write_run(f"{name}-s{seed}", seed=seed)
+            config = json.loads((path / "config.json").read_text()) | {"dataset": dataset}
+            (path / "config.json").write_text(json.dumps(config))
+    study = make_report((tmp_path,), latency=False)
+    assert [task["id"] for task in study["tasks"]] == ["+".join(both)]
+    assert study["cells"][0]["last"]["seeds"] == [0, 1, 2]
+    assert [item["reason"][:10] for item in study["left_out"]] == ["the same m"]
+
+
+def test_references_of_the_datasets_own_are_called_that(write_run, tmp_path):
+    write_run("hopper-s0")
+    runs, _ = find_runs([tmp_path])
+    runs[0].references = (0.0, 1000.0)
+    around = dict.fromkeys(("latency", "machine", "minrl", "made"), "")
+    study = summarise(runs, name_methods(runs), []) | around
+    assert study["tasks"][0]["references"] == [0.0, 1000.0]
+    assert "on hopper medium of the dataset's own" in make_markdown(study, {}, {})
+
+
+def test_a_name_with_dollars_is_no_formula(write_run, tmp_path):
+    path = write_run()
+    config = json.loads((path / "config.json").read_text()) | {"dataset": ["a/$\\foo$/b-v0"]}
+    (path / "config.json").write_text(json.dumps(config))
+    write_report(make_report((path,), latency=False), tmp_path / "report")
+    assert "$\\foo$" in (tmp_path / "report" / "report-curves-steps.svg").read_text()
 
 
 def test_nothing_to_report_says_why(write_run, tmp_path):
