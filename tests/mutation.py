@@ -1,6 +1,6 @@
 """Mutation testing: does some test fail for every small change of the code?
 
-    python tests/mutation.py [MODULE ...]
+    python tests/mutation.py [MODULE[:FIRST_LINE] ...]
 
 Each mutant is one change of one module: an operator swapped, a condition negated, a number off by
 one, a call, a raise or a keyword argument left out. The module's tests run on it in a copy of the
@@ -105,8 +105,9 @@ def main(modules: list[str]) -> None:
         sys.path.insert(0, str(checkout))  # before the installed package
         sys.dont_write_bytecode = True
         os.chdir(checkout)
-        for module in modules or TESTS:
-            print_survivors(checkout / module, TESTS[module], module)
+        for name in modules or TESTS:
+            module, _, first_line = name.partition(":")
+            print_survivors(checkout, module, int(first_line or 1))
 
 
 def copy_checkout(root: Path, checkout: Path) -> Path:
@@ -121,8 +122,9 @@ def copy_checkout(root: Path, checkout: Path) -> Path:
     return checkout
 
 
-def print_survivors(path: Path, tests: list[str], module: str) -> None:
+def print_survivors(checkout: Path, module: str, first_line: int) -> None:
     """Run the tests on each mutant of a module; end the program if they fail without one."""
+    path, tests = checkout / module, TESTS[module]
     tree = ast.parse(path.read_text())
     plain = ast.unparse(tree)
     path.write_text(plain)
@@ -131,7 +133,7 @@ def print_survivors(path: Path, tests: list[str], module: str) -> None:
         sys.exit(f"{module}: its tests fail without a mutant")
     killed = survived = 0
     for line, mutant in sorted(mutants_of(tree)):
-        if mutant == plain:
+        if mutant == plain or line < first_line:
             continue
         path.write_text(mutant)
         if run_tests(tests, limit=5 * baseline + 30)[0]:
