@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import gymnasium as gym
 import numpy as np
 
-# Where each environment's observation holds velocities (its documentation's table of entries).
+# How long each environment's observation is, and where it holds velocities (its documentation's
+# table of entries).
 VELOCITIES = {
-    "CartPole-v1": (1, 3),
-    "Hopper-v5": tuple(range(5, 11)),
+    "CartPole-v1": (4, (1, 3)),
+    "Hopper-v5": (11, tuple(range(5, 11))),
 }
 
 
@@ -39,13 +40,15 @@ class HideVelocities(
         space = env.observation_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"{name} has no one-dimensional Box observation, but {space}")
-        if indices is None and name not in VELOCITIES:
-            raise ValueError(
-                f"where {name} has its velocities is not known here (known: {sorted(VELOCITIES)}); "
-                "pass indices"
-            )
-        hidden = VELOCITIES[name] if indices is None else tuple(indices)
         size = space.shape[0]
+        usual, velocities = VELOCITIES.get(name, (None, ()))
+        if indices is None and size != usual:  # an option or a wrapper may have changed it
+            raise ValueError(
+                f"where {name} with {size} entries has its velocities is not known here (known: "
+                f"{', '.join(f'{one} with {n}' for one, (n, _) in VELOCITIES.items())}); pass "
+                "indices"
+            )
+        hidden = velocities if indices is None else tuple(indices)
         if not all(0 <= index < size for index in hidden) or len(set(hidden)) == size:
             raise ValueError(f"cannot hide entries {list(hidden)} of {size} of {name}")
         self._shown = np.setdiff1d(np.arange(size), hidden)

@@ -11,7 +11,7 @@ def export_command(
     run: Path,
     /,
     to: str = "onnx",
-    checkpoint: str = "best",
+    checkpoint: str = "last",
     output: Path | None = None,
     recurrent: bool = False,
 ) -> None:

@@ -318,13 +318,14 @@ def report(study: Study) -> None:
 
 def main(study: Study) -> None:
     """Train what is missing, then report."""
-    if importlib.util.find_spec("popgym") is None:
-        left_out = [task for task in study.tasks if "popgym" in TASKS[task].config.environment]
-        print(f"popgym is not installed, left out: {', '.join(left_out) or 'nothing'}")
-        study.tasks = tuple(task for task in study.tasks if task not in left_out)
     study.runs.mkdir(parents=True, exist_ok=True)
-    missing = [config for config in configs_of(study) if not is_complete(config)]
     if not study.report_only:
+        missing = [config for config in configs_of(study) if not is_complete(config)]
+        if importlib.util.find_spec("popgym") is None:
+            left_out = [config for config in missing if "popgym" in config.environment]
+            missing = [config for config in missing if config not in left_out]
+            names = ", ".join(config.output.stem for config in left_out)
+            print(f"popgym is not installed, left out: {names or 'nothing'}")
         with ProcessPoolExecutor(study.processes) as pool:
             for line in pool.map(run, missing):
                 print(line, flush=True)

@@ -11,6 +11,8 @@ between the encoder and the decoder of its ``Policy``.
 Both protocols are plain PyTorch, so nothing of PufferLib is imported here. As PufferLib has it, a
 state starts at zero with each segment of the rollout and is carried over the ends of episodes
 inside the segment, while acting and training alike: its trainers do not pass on where these lie.
+That holds where a rollout is one segment of each agent (``batch_size="auto"``); with larger batches
+PufferLib 3 acts on from a state that it does not train from.
 """
 
 import torch
@@ -32,7 +34,8 @@ class _RecurrentWrapper(nn.Module):
         input_size: Features that the policy encodes to.
         hidden_size: Features that it decodes.
         num_layers: Of the cell.
-        **options: Of the cell, but for a learned initial state: its trainer's states are zeros.
+        **options: Of the cell, but for ``learn_initial_state`` (its trainer's states are zeros) and
+            ``return_cell``.
     """
 
     cell: type[MinGRU]
@@ -47,8 +50,12 @@ class _RecurrentWrapper(nn.Module):
         **options,
     ):
         super().__init__()
-        if options.get("learn_initial_state"):
-            raise ValueError("PufferLib starts from zeros: no learn_initial_state")
+        for name, reason in (
+            ("learn_initial_state", "PufferLib starts from zeros"),
+            ("return_cell", "PufferLib's second state is made here"),
+        ):
+            if options.get(name):
+                raise ValueError(f"{reason}: no {name}")
         self.policy = policy
         self.observation_shape = env.single_observation_space.shape
         self.is_continuous = getattr(policy, "is_continuous", False)  # PufferLib asks for it

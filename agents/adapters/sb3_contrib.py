@@ -62,6 +62,9 @@ class _MinimalPolicy(RecurrentActorCriticPolicy):
         *args: As in ``RecurrentActorCriticPolicy``.
         lstm_kwargs: For the core, such as ``{"memory": 100}``.
         **kwargs: As in ``RecurrentActorCriticPolicy``.
+
+    Raises:
+        ValueError: If the core is asked for pairs of states.
     """
 
     core: type[MinGRU] | type[MinLSTM]
@@ -69,6 +72,8 @@ class _MinimalPolicy(RecurrentActorCriticPolicy):
     def __init__(self, *args, lstm_kwargs: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.lstm_kwargs = lstm_kwargs or {}
+        if self.lstm_kwargs.get("return_cell"):
+            raise ValueError("the library's pairs of states are made here: no return_cell")
         self.lstm_actor = self._make_core()
         if self.lstm_critic is not None:
             self.lstm_critic = self._make_core()
@@ -134,6 +139,7 @@ class _MinimalPolicy(RecurrentActorCriticPolicy):
             "n_lstm_layers": layers,
             "shared_lstm": self.shared_lstm,
             "enable_critic_lstm": self.enable_critic_lstm,
+            "share_features_extractor": self.share_features_extractor,
             "lstm_kwargs": self.lstm_kwargs,
         }
 

@@ -206,6 +206,8 @@ class _CellModule(_RecurrentModule):
         default_recurrent_mode: bool | None = None,
         **options,
     ):
+        for name in ("python_based", "recurrent_backend"):  # there is one way, and it is the scan
+            options.pop(name, None)
         core = options.pop(self.core_name, None)
         if core is None:
             sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout)
@@ -258,7 +260,8 @@ class MinGRUModule(_CellModule):
         out_keys: Instead of ``out_key``.
         default_recurrent_mode: Whether inputs are sequences outside ``set_recurrent_mode``.
         **options: ``gru``, a core to use instead of building one; or ``device``, ``dtype``,
-            ``candidate`` and ``learn_initial_state`` of the one that is built.
+            ``candidate`` and ``learn_initial_state`` of the one that is built; ``python_based``
+            and ``recurrent_backend`` change nothing.
 
     Raises:
         ValueError: If the core is another cell or has ``batch_first=False``, or keys do not fit.

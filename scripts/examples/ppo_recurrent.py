@@ -11,6 +11,7 @@ of the environments, from the state that the rollout began with, as in CleanRL's
 """
 
 import csv
+import functools
 import math
 import time
 from collections import deque
@@ -82,7 +83,8 @@ def make_environments(config: Config) -> gym.vector.SyncVectorEnv:
         wrappers.append(HideVelocities)
     wrappers.append(gym.wrappers.FlattenObservation)
     if config.normalize:
-        wrappers += [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward]
+        scaled = functools.partial(gym.wrappers.NormalizeReward, gamma=config.gamma)
+        wrappers += [gym.wrappers.NormalizeObservation, scaled]
     environments = gym.make_vec(
         config.environment,
         config.num_envs,
@@ -278,7 +280,9 @@ class Collector:
         taken = actions.numpy()
         space = self.environments.single_action_space
         if isinstance(space, gym.spaces.Box):
-            taken = taken.clip(space.low, space.high)
+            taken = taken.reshape(-1, *space.shape).clip(space.low, space.high)
+        else:
+            taken = taken + space.start
         observation, rewards, terminated, truncated, infos = self.environments.step(taken)
         rewards = torch.as_tensor(rewards, dtype=torch.float32)
         cut_off = truncated & ~terminated

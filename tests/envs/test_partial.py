@@ -49,10 +49,18 @@ def test_it_is_part_of_the_specification_of_the_environment():
     assert again.observation_space.shape == (1,)
 
 
+def test_an_observation_of_another_length_is_not_cut_by_guesswork():
+    whole = make_env("Hopper-v5", exclude_current_positions_from_observation=False)
+    with pytest.raises(ValueError, match=r"Hopper-v5 with 12 entries.*Hopper-v5 with 11\); pass"):
+        HideVelocities(whole)
+    shown = HideVelocities(whole, indices=range(6, 12))
+    np.testing.assert_array_equal(shown.reset(seed=0)[0], whole.unwrapped.data.qpos)
+
+
 @pytest.mark.parametrize(
     ("environment_id", "indices", "message"),
     [
-        ("MountainCar-v0", None, r"MountainCar-v0 has its velocities is not known"),
+        ("MountainCar-v0", None, r"MountainCar-v0 with 2 entries has its velocities is not"),
         ("CartPole-v1", [4], r"cannot hide entries \[4\] of 4"),
         ("CartPole-v1", [-1], r"cannot hide entries \[-1\] of 4"),
         ("CartPole-v1", [0, 1, 2, 3], r"cannot hide entries"),

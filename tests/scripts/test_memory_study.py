@@ -48,3 +48,19 @@ def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, capsys)
     assert "recall-2-lstm-0:" not in printed
     assert curves[0].read_text() == complete
     assert len(curve_of(curves[2])) == 2
+
+
+@pytest.mark.integration
+def test_finished_runs_are_reported_whatever_is_installed_now(study, monkeypatch, capsys):
+    main(study)
+    task = memory_study.TASKS["recall-2"]
+    popgym = replace(task, config=replace(task.config, environment="popgym:of-another-machine-v0"))
+    monkeypatch.setattr(memory_study, "TASKS", {"recall-2": popgym})
+    monkeypatch.setattr(memory_study.importlib.util, "find_spec", lambda name: None)
+    for again in (study, replace(study, report_only=True)):
+        (study.results / "memory.json").unlink()
+        main(again)
+        assert "recall-2" in json.loads((study.results / "memory.json").read_text())["tasks"]
+    (study.runs / "recall-2-mingru-0.csv").unlink()
+    main(study)
+    assert "popgym is not installed, left out: recall-2-mingru-0" in capsys.readouterr().out

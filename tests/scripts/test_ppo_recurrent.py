@@ -145,6 +145,36 @@ def test_an_episode_that_is_cut_off_goes_on_in_the_value_and_one_that_is_over_do
     torch.testing.assert_close(rollout.rewards[:-1], expected, rtol=0, atol=1e-4)
 
 
+class TakesOnlyWhatItSays(gymnasium.Env):
+    observation_space = Box(-1.0, 1.0, (3,))
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        assert action in self.action_space, action
+        return np.zeros(3, np.float32), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("space", [Box(-1.0, 1.0, (2, 2)), Discrete(3, start=5)], ids=str)
+def test_actions_are_those_of_the_space(space, monkeypatch):
+    made = EnvSpec("Strict-v0", lambda: TakesOnlyWhatItSays(space), max_episode_steps=5)
+    monkeypatch.setitem(gymnasium.registry, "Strict-v0", made)
+    agent, collector, _ = pieces("mingru", environment="Strict-v0", environment_options={})
+    rollout = collector.collect()
+    log_probabilities, _ = first_pass(agent, rollout)
+    torch.testing.assert_close(log_probabilities, rollout.log_probabilities)
+
+
+def test_rewards_are_scaled_by_the_return_that_is_estimated():
+    config = Config(environment="Pendulum-v1", normalize=True, gamma=0.5, num_envs=2)
+    environments = make_environments(config)
+    assert [environment.gamma for environment in environments.envs] == [0.5, 0.5]
+
+
 def test_advantages_equal_the_sum_of_discounted_errors_within_an_episode():
     _, collector, _ = pieces("mingru")
     rollout = collector.collect()

@@ -143,6 +143,7 @@ def test_a_network_passes_on_what_its_cell_begins_with(network):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_learned_initial_state_is_refused(wrapper):
-    with pytest.raises(ValueError, match="learn_initial_state"):
-        make_wrapper(wrapper, learn_initial_state=True)
+def test_what_its_trainer_cannot_have_is_refused(wrapper):
+    for name in ("learn_initial_state", "return_cell"):
+        with pytest.raises(ValueError, match=f"no {name}"):
+            make_wrapper(wrapper, **{name: True})

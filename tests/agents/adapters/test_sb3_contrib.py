@@ -194,6 +194,8 @@ def test_options_reach_the_cores():
         assert (core.input_size, core.hidden_size) == (4, HIDDEN)
     with pytest.raises(ValueError, match="MinGRU acts online, step by step: no bidirectional"):
         make_model(MinGruPolicy, {"lstm_kwargs": {"bidirectional": True}})
+    with pytest.raises(ValueError, match="no return_cell"):
+        make_model(MinLstmPolicy, {"lstm_kwargs": {"return_cell": True}})
 
 
 @every_policy
@@ -219,6 +221,20 @@ def test_a_saved_model_acts_the_same_and_goes_on_learning(policy, tmp_path):
     for state in states[1:]:
         assert np.array_equal(state[0], states[0][0])
     loaded.learn(model.n_steps * ENVIRONMENTS, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("policy", ["CnnMinGruPolicy", "CnnMinLstmPolicy"])
+def test_a_saved_policy_keeps_two_feature_extractors_apart(policy, tmp_path):
+    apart = {"share_features_extractor": False}
+    policy = make_model(
+        policy, apart, lambda: FakeImageEnv(screen_height=36, screen_width=36)
+    ).policy
+    policy.save(tmp_path / "policy")
+    loaded = type(policy).load(tmp_path / "policy", device="cpu")
+    assert loaded.pi_features_extractor is not loaded.vf_features_extractor
+    expected = policy.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
 
 @every_policy

@@ -201,6 +201,12 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         MinLSTMModule(**arguments)
 
 
+def test_the_librarys_own_choices_of_an_implementation_change_nothing():
+    keys = {"in_keys": ["x", "h"], "out_keys": ["y", "h"]}
+    module = MinGRUModule(4, 5, python_based=False, recurrent_backend="pad", **keys)
+    assert module.state_dict().keys() == MinGRUModule(4, 5, **keys).state_dict().keys()
+
+
 def test_sequence_without_time_and_primer_without_next_are_refused():
     module = MinGRUModule(4, 5, in_keys=["x", "h"], out_keys=["y", "h"])
     with pytest.raises(RuntimeError, match="not carried over"):
