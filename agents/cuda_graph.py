@@ -30,9 +30,15 @@ def captured(function: Callable[[], Result], device: torch.device) -> Callable[[
             for _ in range(WARM_UP_STEPS):
                 function()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = function()
+        # On a stream of this device: the default one is of the device captured on first. Other
+        # threads may go on calling CUDA meanwhile.
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = function()
+        except RuntimeError:
+            torch.cuda.set_stream(before)  # which a capture that fails at its end does not
+            raise
 
     def replay() -> Result:
         graph.replay()

@@ -58,6 +58,9 @@ class Update:
         self.precision = precision
         self.device = model.action_low.device
         self.average = copy.deepcopy(model).requires_grad_(False) if averaged else None
+        for module in self.average.modules() if averaged else ():
+            if isinstance(module, nn.RNNBase):  # cuDNN wants the copies side by side
+                module.flatten_parameters()
         # Learning rate, steps in the loss (on all processes), share of the new weights in the
         # average: what changes from step to step is read from here.
         self.numbers = torch.zeros(3, device=self.device)

@@ -58,7 +58,8 @@ class GraphStep:
             starts,
         )
         tensors = (*map(torch.from_numpy, arrays), state)
-        with self._lock, torch.no_grad():
+        # Buffers made in a caller's inference mode could not be written to outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if len(state) != self._batch or (starts.any() and self._moved()):
                 self._capture(tensors)
             for buffer, tensor in zip(self._inputs, tensors, strict=True):

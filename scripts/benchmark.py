@@ -42,6 +42,8 @@ def benchmark(arguments: Sequence[str]) -> None:
     device = choose_device("cpu" if on_cpu else options.device)
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"benchmarks run on cpu or cuda, not on {options.device!r}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and events are used unless one is named
     if options.threads is not None:
         if options.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {options.threads}")

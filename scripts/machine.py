@@ -105,7 +105,7 @@ def describe_gpu(device: torch.device) -> dict[str, Any] | None:
             "nvidia-smi",
             "--query-gpu=driver_version,clocks.sm,clocks.mem",
             "--format=csv,noheader",
-            f"--id={torch.cuda.current_device() if device.index is None else device.index}",
+            f"--id=GPU-{properties.uuid}",  # not the index, which CUDA_VISIBLE_DEVICES changes
         ),
     }
 

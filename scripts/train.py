@@ -42,7 +42,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
         The run folder.
     """
     config.check()
-    with distributed_processes() as rank:
+    with distributed_processes(config.device) as rank:
         episodes = load_first_on_rank_zero(config, rank)
         config = complete(config, episodes)
         training, held_out = episodes.split(config.held_out, config.seed)
@@ -247,12 +247,12 @@ def load_first_on_rank_zero(config: TrainConfig, rank: int) -> Episodes:
 
 
 @contextlib.contextmanager
-def distributed_processes() -> Iterator[int]:
+def distributed_processes(device: str) -> Iterator[int]:
     """Join the other processes if ``torchrun`` started this one; give this one's rank."""
     if not dist.is_torchelastic_launched():
         yield 0
         return
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:

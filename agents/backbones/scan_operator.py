@@ -5,6 +5,9 @@ One operator for every kind of device: it picks the implementation, and hands it
 
 import functools
 import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -121,7 +124,11 @@ def backend_of(projected: Tensor, gates: str, activation: str) -> ModuleType:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    if importlib.util.find_spec("triton") is None:
+        return False
+    # It builds its launchers by the system's C compiler, which it brings itself on Windows alone.
+    compilers = map(shutil.which, ("cc", "gcc", "clang"))
+    return sys.platform != "linux" or bool(os.environ.get("CC") or any(compilers))
 
 
 def _on_triton(projected: Tensor) -> bool:

@@ -153,7 +153,8 @@ def _scan_by_gates(
         resets=resets,
         mask=mask,
     )
-    y = read.unsqueeze(2) @ states.unflatten(2, rates.shape)  # B T 1 D
+    with torch.autocast(x.device.type, enabled=False):
+        y = read.unsqueeze(2) @ states.unflatten(2, rates.shape)  # B T 1 D
     return y.squeeze(2), last.unflatten(1, rates.shape)
 
 

@@ -94,6 +94,8 @@ def profile_step(case: TrainCase) -> dict[str, float]:
             trainer.step_from(sampler)
     times: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
+        if on_cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue  # the operation that launched the kernel, whose time it repeats
         spent = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         times[_part_of(event.key)] += spent
     total = sum(times.values())

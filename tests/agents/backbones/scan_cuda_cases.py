@@ -5,6 +5,7 @@ interpreter can only be chosen before Triton is imported, and for the whole proc
 """
 
 import dataclasses
+import math
 import os
 
 import pytest
@@ -120,6 +121,8 @@ def check(flags, gates, activation, dtype, batch_first, plan, size=(BATCH, LENGT
         # States and gradients by them stay in float32 whatever the inputs.
         exact = name in ("last", "initial", "reset") and dtype is not torch.float64
         tolerance = TOLERANCE[torch.float32 if exact else dtype]
+        if name == "reset":  # a sum over the steps
+            tolerance *= math.sqrt(size[1])
         scale = expected.abs().clamp(min=1.0)
         assert ((got[name] - expected).abs() <= tolerance * scale).all(), name
 
@@ -249,8 +252,13 @@ def test_infinite_logits_equal_the_float64_loop(gates, plan):
 
 def test_an_unknown_activation_is_refused():
     inputs, _ = make_case("plain", "mingru", torch.float32, True, (1, 2, 2))
-    with pytest.raises(Exception, match="unknown activation"):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - of a kind of the compiler's
         scan_forward(*inputs, "mingru", "relu", True)
+    reasons, error = [], caught.value
+    while error is not None:  # the compiler names the line, and its cause what is wrong there
+        reasons.append(str(error))
+        error = error.__cause__
+    assert "unknown activation" in "".join(reasons)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing runs side by side in the interpreter")
