@@ -209,6 +209,8 @@ def native_step(policy: StepPolicy) -> NativeStep | None:
     model = policy.model
     if type(model) is not TrajectoryModel or model.config.backbone not in COMPILED:
         return None
+    if min(model.observation_size, model.action_size) == 0:
+        return None
     if model.config.tokens == "observation" or not _fits(model, _weights(model)):
         return None
     with torch.device("meta"):

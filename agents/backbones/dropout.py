@@ -52,9 +52,9 @@ def _dropout(x: Tensor, key: Tensor, p: float) -> Tensor:
     kernels, number = load_kernels(KERNELS), int(key)
     if kernels is None:
         generator = torch.Generator().manual_seed(number)
-        kept = torch.rand(x.shape, generator=generator) >= p
+        kept = torch.rand(x.shape, generator=generator, dtype=x.dtype) >= p
         return torch.where(kept, x / (1 - p), 0.0)
-    x, scale = x.contiguous(), torch.full((1,), 1 / (1 - p))
+    x, scale = x.contiguous(), x.new_full((1,), 1 / (1 - p))
     y = empty_like(x, *x.shape)
     pointers = (tensor.data_ptr() for tensor in (x, y, scale))
     numbers = (number & 0xFFFFFFFF, number >> 32, min(round(p * 2**32), 2**32 - 1))

@@ -65,7 +65,7 @@ def gated_layer(
         )
     parameters = [y for y in (weight, bias) if y is not None]
     check_arguments(x, activation, initial_state, resets, reset_state, mask, *parameters)
-    _check_sizes(x, weight, initial_state, gates, batch_first)
+    _check_sizes(x, weight, bias, initial_state, gates, batch_first)
     alone = batch_first and len(x) == 1
     if alone:  # time-first it is the same memory, and can be cut along time
         x, resets, mask = (y if y is None else y.transpose(0, 1) for y in (x, resets, mask))
@@ -81,8 +81,16 @@ def gated_layer(
 
 
 def _check_sizes(
-    x: Tensor, weight: Tensor, initial_state: Tensor, gates: str, batch_first: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor,
+    gates: str,
+    batch_first: bool,
 ) -> None:
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(f"{name} is on {parameter.device}, x on {x.device}")
     if gates not in PARTS:
         raise ValueError(f"gates must be one of {sorted(PARTS)}, not {gates!r}")
     expected = (x.shape[0 if batch_first else 1], len(weight) // PARTS[gates])
@@ -102,6 +110,7 @@ def _are_taken(tensors: list[Tensor | None], batch_first: bool) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and x.numel() > 0
+        and tensors[1].numel() > 0
         and x.shape[1 if batch_first else 0] > 1
     )
 
@@ -156,6 +165,8 @@ def _backward(
     by_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by x (if ``by_input``), weight, bias, initial and reset state."""
+    if packed.numel() == 0:
+        raise RuntimeError("gated_layer was traced without gradients; trace it with them enabled")
     x, resets, mask, grad_states, initial = contiguous(x, resets, mask, grad_states, initial_state)
     carry = grad_last.clone(memory_format=torch.contiguous_format)
     grad_reset = torch.zeros_like(carry)

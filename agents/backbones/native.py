@@ -19,11 +19,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minrl.agents.backbones.native_sources import digest_of_sources
 from minrl.cache import cache_folder
 
 # How the arguments of a kernel are spelled: pointers to elements, and numbers.
@@ -36,6 +36,9 @@ C_TYPES = {
 COMPILER = "minrl.agents.backbones.native_compiler"
 COMPILE_SECONDS = 120
 MARK = b"minrl kernels:"  # what the compiler writes them behind
+# Of the files that this process runs: they may be others by the time a kernel is first needed, and
+# the compiler may find another installation.
+SOURCES = digest_of_sources()
 
 HUGE_PAGE = 2 * 1024 * 1024
 MADV_HUGEPAGE = 14
@@ -75,7 +78,7 @@ def _compiled(module: str, variant: tuple[str, ...]) -> bytes:
     if not sys.executable:
         raise RuntimeError("there is no Python to compile with in this process")
     done = subprocess.run(  # noqa: S603 - this interpreter, on this package's own module
-        [sys.executable, "-m", COMPILER, MARK.decode(), module, *variant],
+        [sys.executable, "-m", COMPILER, MARK.decode(), SOURCES, module, *variant],
         env=_environment(),
         capture_output=True,
         timeout=COMPILE_SECONDS,
@@ -98,7 +101,7 @@ def _compiled(module: str, variant: tuple[str, ...]) -> bytes:
 def _environment() -> dict[str, str]:
     """Return this process's environment for the compiler, without what would mislead it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    path = os.pathsep.join(filter(None, sys.path))
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     return {**kept, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}  # not the current folder first
 
 
@@ -122,11 +125,13 @@ def _fingerprint(variant: tuple[str, ...]) -> str:
     """Return a name for everything that the object code depends on."""
     from llvmlite import binding
 
-    parts = [*variant, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()]
+    parts = [
+        SOURCES,
+        *variant,
+        binding.get_host_cpu_name(),
+        binding.get_host_cpu_features().flatten(),
+    ]
     parts += [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
-    here = Path(__file__).parent  # kernel modules use each other's functions
-    for pattern in ("native*.py", "*_kernels.py", "../native*.py", "../*_kernels.py"):
-        parts += [path.read_text(encoding="utf-8") for path in sorted(here.glob(pattern))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -137,7 +142,10 @@ def _load(code: bytes) -> dict[str, Callable]:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     target = binding.Target.from_default_triple().create_target_machine()
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target)
+    # With llvmlite's memory manager, which keeps code and constants within reach of each other: in
+    # a large process LLVM's own may not, and then ends it.
+    empty = binding.parse_assembly("")
+    engine = binding.create_mcjit_compiler(empty, target, use_lmm=True)
     engine.add_object_file(binding.ObjectFileRef.from_data(machine_code))
     engine.finalize_object()
     _engines.append(engine)
@@ -185,7 +193,10 @@ def run_parallel(kernel: Callable, arguments: tuple, units: int, *, least: int =
     others: list[Future] = []
     try:
         for first, stop in itertools.pairwise(bounds[1:]):
-            others.append(_pool().submit(kernel, *arguments, first, stop))
+            try:
+                others.append(_pool().submit(kernel, *arguments, first, stop))
+            except RuntimeError:  # the main thread has ended, and the pool with it
+                kernel(*arguments, first, stop)
         kernel(*arguments, bounds[0], bounds[1])
     finally:
         _wait_for(others)

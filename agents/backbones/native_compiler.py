@@ -1,6 +1,7 @@
 """Compiles a kernel module to object code on standard output; see ``native.py``, which runs it.
 
-``python -m minrl.agents.backbones.native_compiler MARK MODULE [VARIANT ...]``; MARK comes first.
+``python -m minrl.agents.backbones.native_compiler MARK SOURCES MODULE [VARIANT ...]``; MARK comes
+first, and SOURCES is the digest of the files that the caller runs.
 """
 
 import importlib
@@ -17,6 +18,8 @@ os.environ["NUMBA_OPT"] = "0"  # read on import: everything is optimised once, a
 import numba
 from llvmlite import binding
 from numba import types
+
+from minrl.agents.backbones.native_sources import digest_of_sources
 
 NUMBA_TYPES = {
     "f": types.CPointer(types.float32),
@@ -66,7 +69,10 @@ def _optimise(code: binding.ModuleRef, target: binding.TargetMachine, keep: set[
 
 
 if __name__ == "__main__":
+    _, mark, sources, *wanted = sys.argv
+    if digest_of_sources() != sources:
+        raise RuntimeError("the sources of the kernels are not those that this process runs")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     with os.fdopen(OUTPUT, "wb") as output:
-        output.write(sys.argv[1].encode() + compile_module(*sys.argv[2:]))
+        output.write(mark.encode() + compile_module(*wanted))

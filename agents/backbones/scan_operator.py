@@ -117,7 +117,7 @@ def contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
 
 def backend_of(projected: Tensor, gates: str, activation: str) -> ModuleType:
     """Return the module that does it, anywhere but in Triton."""
-    on_cpu = projected.device.type == "cpu"
+    on_cpu = projected.device.type == "cpu" and projected.numel() > 0
     native = on_cpu and scan_cpu.is_available(projected.dtype, gates, activation)
     return scan_cpu if native else scan_torch
 

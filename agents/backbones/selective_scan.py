@@ -72,7 +72,7 @@ def selective_scan(
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *rates.shape)
     state = initial_state.to(wide)
-    if _is_native(x):
+    if _is_native(x, rates):
         y, last, _ = torch.ops.minrl.selective_scan(
             x, delta, rates, enter, read, state, resets, mask
         )
@@ -99,13 +99,16 @@ def _check_sizes(
     for name, (given, shape) in expected.items():
         if given is not None and given.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(given.shape)}")
+        if given is not None and given.device != x.device:
+            raise ValueError(f"{name} is on {given.device}, x on {x.device}")
 
 
-def _is_native(x: Tensor) -> bool:
+def _is_native(x: Tensor, rates: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() > 0
+        and rates.numel() > 0
         and not torch.compiler.is_exporting()
         and load_kernels(KERNELS) is not None
     )

@@ -71,6 +71,18 @@ def test_nothing_is_dropped_when_not_training_or_with_no_chance():
     assert Dropout(0.0)(x) is x
 
 
+def test_the_default_type_of_new_tensors_changes_nothing(implementation):
+    x, results = torch.ones(1000), []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.manual_seed(0)
+            results.append(Dropout(0.1)(x))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_everything_may_be_dropped_or_nearly(implementation):
     x = torch.ones(1000)
     assert not Dropout(1.0)(x).any()

@@ -150,6 +150,32 @@ def test_a_weight_may_lie_in_memory_in_any_order():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_on_another_device_are_refused(name):
+    tensors, options = make_inputs()
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
+        gated_layer(**tensors, **options)
+
+
+def test_no_channels_give_no_states():
+    states, last = gated_layer(
+        torch.zeros(2, 5, 3), torch.zeros(0, 3), torch.zeros(0), torch.zeros(2, 0), gates="mingru",
+        activation="g", resets=None, reset_state=None, mask=None, batch_first=True,
+    )  # fmt: skip
+    assert (states.shape, last.shape) == ((2, 5, 0), (2, 0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_was_traced_without_gradients_says_so_when_it_is_trained():
+    tensors, options = make_inputs()
+    x = tensors.pop("x")
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: gated_layer(x, **tensors, **options)[0], (x,))
+    with pytest.raises(RuntimeError, match="was traced without gradients"):
+        traced(x.requires_grad_()).sum().backward()
+
+
 def test_a_second_derivative_is_refused_not_wrong():
     tensors, options = make_inputs()
     x = tensors.pop("x").requires_grad_()

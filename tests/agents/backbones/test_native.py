@@ -92,6 +92,34 @@ def test_where_nothing_can_be_written_kernels_work_all_the_same(tmp_path):
     assert (notices, imported) == ("[]", "imported: ['llvmlite']")
 
 
+def test_other_sources_than_those_that_run_are_not_compiled(tmp_path):
+    before = "from minrl.agents.backbones import native; native.SOURCES = 'of an update meanwhile'"
+    notices, _ = scan_in_new_process(MINRL_CACHE=str(tmp_path), before=before)
+    assert "the sources of the kernels are not those that this process runs" in notices
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_that_outlives_the_main_one_still_scans():
+    program = """
+import threading, time, torch
+from minrl.agents.backbones.scan import gated_scan
+
+torch.set_num_threads(2)
+projected = torch.randn(64, 50, 128)
+gated_scan(projected)
+
+def outlive():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    gated_scan(projected)
+    print("scanned")
+
+threading.Thread(target=outlive).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("scanned\n", "")
+
+
 def test_every_unit_is_worked_on_once_whatever_the_number_of_threads():
     before = torch.get_num_threads()
     try:

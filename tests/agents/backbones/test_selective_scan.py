@@ -160,3 +160,11 @@ def test_sizes_that_do_not_fit_are_refused(name):
     given[name] = given[name][..., 1:]
     with pytest.raises(ValueError, match=name):
         selective_scan(**given)
+
+
+@pytest.mark.parametrize("name", ["delta", "rates", "enter", "read"])
+def test_tensors_on_another_device_are_refused(name):
+    tensors, options = make_inputs()
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
+        selective_scan(**tensors, **options)
