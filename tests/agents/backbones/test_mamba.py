@@ -23,7 +23,7 @@ OFFICIAL = {
 @pytest.fixture(params=["native float32", "gates float32", "gates float64"])
 def dtype(request, monkeypatch):
     if "gates" in request.param:
-        monkeypatch.setattr(selective_scan, "_is_native", lambda _: False)
+        monkeypatch.setattr(selective_scan, "_is_native", lambda *_: False)
     return torch.float64 if "64" in request.param else torch.float32
 
 
