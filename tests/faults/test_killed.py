@@ -170,8 +170,12 @@ def interrupt_in_the_middle_of_a_step(arguments, at):
 
     def interrupt(*_):
         if next(steps) == at:
+            first = signal.getsignal(signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
+            while signal.getsignal(signal.SIGINT) is first:  # Python may take its time to handle it
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(PATIENCE)  # which it ends
 
     register_optimizer_step_post_hook(interrupt)
     minrl(*arguments)
