@@ -14,11 +14,12 @@ import importlib.metadata
 import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -190,33 +191,79 @@ def run_parallel(kernel: Callable, arguments: tuple, units: int, *, least: int =
     """
     threads = max(1, min(torch.get_num_threads(), units // max(least, 1)))
     bounds = [units * thread // threads for thread in range(threads + 1)]
-    others: list[Future] = []
+    jobs = [_Job(kernel, (*arguments, *bound)) for bound in itertools.pairwise(bounds[1:])]
+    errors = []
     try:
-        for first, stop in itertools.pairwise(bounds[1:]):
-            try:
-                others.append(_pool().submit(kernel, *arguments, first, stop))
-            except RuntimeError:  # the main thread has ended, and the pool with it
-                kernel(*arguments, first, stop)
+        for job in jobs:
+            _queue().put(job)
         kernel(*arguments, bounds[0], bounds[1])
+        for job in jobs:  # those that no thread has begun: all are busy, or there are none
+            job.run("caller")
     finally:
-        _wait_for(others)
-    for other in others:
-        other.result()
+        # Even through Ctrl-C: the threads write to memory that the caller would free. Not in a
+        # function of its own: Ctrl-C can come between its call and its first line.
+        waiting = True
+        while waiting:
+            try:
+                for job in jobs:
+                    job.wait()
+                waiting = False
+            except BaseException as error:
+                errors.append(error)
+    errors += [job.error for job in jobs if job.error is not None]
+    if errors:
+        raise errors[0]
 
 
-def _wait_for(others: list[Future]) -> None:
-    """Wait even through Ctrl-C: they write to memory that the caller would free."""
-    try:
-        wait(others)
-    except BaseException:
-        _wait_for(others)
-        raise
+class _Job:
+    """One thread's range of a kernel.
+
+    Not a future of the standard library: those are handed over under locks which Ctrl-C, where it
+    comes at the wrong moment, leaves held for ever, or loses the future while its thread runs. Here
+    every step is a single call into C, which Ctrl-C comes before or after, and its outcome can be
+    read again.
+    """
+
+    def __init__(self, kernel: Callable, arguments: tuple) -> None:
+        self.kernel = kernel
+        self.arguments = arguments
+        self.owner: dict[str, str] = {}  # "name": whoever was first to ask for it
+        self.error: BaseException | None = None
+        self.done = False
+        self.running = threading.Lock()
+        self.running.acquire()
+
+    def run(self, name: str) -> None:
+        """Run it under ``name``, unless it is another's."""
+        if self.owner.setdefault("name", name) != name:
+            return
+        try:
+            self.kernel(*self.arguments)
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.running.release()
+
+    def wait(self) -> None:
+        """Return once no thread runs it or ever will."""
+        while self.owner.setdefault("name", "nobody") == "thread" and not self.done:
+            self.running.acquire()
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="minrl")
+def _queue() -> queue.SimpleQueue:
+    """Return the jobs that this process's threads wait for."""
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            jobs.get().run("thread")
+
+    with contextlib.suppress(RuntimeError):  # the main thread has ended, or there are too many
+        for _ in range(max(1, (os.cpu_count() or 1) - 1)):
+            threading.Thread(target=work, name="minrl", daemon=True).start()
+    return jobs
 
 
 if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_queue.cache_clear)

@@ -1,7 +1,10 @@
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -133,6 +136,60 @@ def test_every_unit_is_worked_on_once_whatever_the_number_of_threads():
                 assert len(ranges) == min(threads, units)
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_error_on_another_thread_reaches_the_caller():
+    def kernel(first, stop):
+        time.sleep(0.05)  # time for the other thread to begin its range
+        if first:
+            raise ArithmeticError(threading.current_thread().name)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ArithmeticError, match="minrl"):
+            native.run_parallel(kernel, (), 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_ctrl_c_ends_a_kernel_on_several_threads_once_all_of_them_have_ended():
+    program = """
+import random, signal, threading, time, torch
+from minrl.agents.backbones import native
+
+torch.set_num_threads(2)
+working, abandoned, interrupts = [], 0, 0
+
+def kernel(first, stop):
+    if threading.current_thread() is threading.main_thread():
+        time.sleep(0.0003)
+    else:
+        working.append(first)
+        time.sleep(0.0003)
+        working.pop()
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+native.run_parallel(kernel, (), 2)  # starts the threads
+signal.signal(signal.SIGALRM, interrupt)
+moments = random.Random(0)
+for _ in range(2000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, moments.uniform(2e-5, 9e-4))
+        native.run_parallel(kernel, (), 2)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupts += 1
+        abandoned += bool(working)
+print("abandoned", abandoned, "interrupted often", interrupts > 200)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("abandoned 0 interrupted often True\n", "")
 
 
 def _scan_in_child(projected, queue):
