@@ -63,9 +63,17 @@ def gated_layer(
             mask=mask,
             batch_first=batch_first,
         )
-    parameters = [y for y in (weight, bias) if y is not None]
-    check_arguments(x, activation, initial_state, resets, reset_state, mask, *parameters)
-    _check_sizes(x, weight, bias, initial_state, gates, batch_first)
+    check_arguments(
+        activation,
+        x=x,
+        weight=weight,
+        bias=bias,
+        initial_state=initial_state,
+        resets=resets,
+        reset_state=reset_state,
+        mask=mask,
+    )
+    _check_sizes(x, weight, initial_state, gates, batch_first)
     alone = batch_first and len(x) == 1
     if alone:  # time-first it is the same memory, and can be cut along time
         x, resets, mask = (y if y is None else y.transpose(0, 1) for y in (x, resets, mask))
@@ -81,16 +89,8 @@ def gated_layer(
 
 
 def _check_sizes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor,
-    gates: str,
-    batch_first: bool,
+    x: Tensor, weight: Tensor, initial_state: Tensor, gates: str, batch_first: bool
 ) -> None:
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.device != x.device:
-            raise ValueError(f"{name} is on {parameter.device}, x on {x.device}")
     if gates not in PARTS:
         raise ValueError(f"gates must be one of {sorted(PARTS)}, not {gates!r}")
     expected = (x.shape[0 if batch_first else 1], len(weight) // PARTS[gates])

@@ -66,7 +66,14 @@ def gated_scan(
     """
     batch, length, width = sizes_of(projected, gates, batch_first)
     dtype = torch.promote_types(projected.dtype, torch.float32)
-    check_arguments(projected, activation, initial_state, resets, reset_state, mask)
+    check_arguments(
+        activation,
+        projected=projected,
+        initial_state=initial_state,
+        resets=resets,
+        reset_state=reset_state,
+        mask=mask,
+    )
     if initial_state is not None:
         initial_state = initial_state.to(dtype).expand(batch, width)
     if reset_state is not None:
@@ -90,34 +97,30 @@ def gated_scan(
     return states.to(output_type), last
 
 
-def check_arguments(
-    projected: Tensor,
-    activation: str,
-    initial_state: Tensor | None,
-    resets: Tensor | None,
-    reset_state: Tensor | None,
-    mask: Tensor | None,
-    *parameters: Tensor,
-) -> None:
-    """Refuse what the kernels, which see pointers alone, would take for something else."""
+def check_arguments(activation: str, **tensors: Tensor | None) -> None:
+    """Refuse what the kernels, which see pointers alone, would take for something else.
+
+    Args:
+        activation: Of the candidate.
+        **tensors: By the caller's names for them: first the sequences, among the others perhaps
+            ``resets`` and ``mask``.
+    """
     if activation not in CANDIDATES:
         raise ValueError(f"activation must be one of {sorted(CANDIDATES)}, not {activation!r}")
-    for name, flags in (("resets", resets), ("mask", mask)):
-        if flags is not None and (flags.shape != projected.shape[:2] or flags.dtype != torch.bool):
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, sequences = next(iter(given.items()))
+    for name, tensor in given.items():
+        if tensor.device != sequences.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {sequences.device}")
+        if name in ("resets", "mask") and (
+            tensor.shape != sequences.shape[:2] or tensor.dtype != torch.bool
+        ):
             raise ValueError(
-                f"{name} must be bool of {tuple(projected.shape[:2])}, not {flags.dtype} of "
-                f"{tuple(flags.shape)}"
+                f"{name} must be bool of {tuple(sequences.shape[:2])}, not {tensor.dtype} of "
+                f"{tuple(tensor.shape)}"
             )
-    others = {"initial_state": initial_state, "reset_state": reset_state}
-    given = {
-        name: x for name, x in (others | {"resets": resets, "mask": mask}).items() if x is not None
-    }
-    for name, x in given.items():
-        if x.device != projected.device:
-            raise ValueError(f"{name} is on {x.device}, projected on {projected.device}")
-    differentiated = (projected, *given.values(), *parameters)
     if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in differentiated
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in given.values()
     ):
         raise RuntimeError("gated_scan has no forward-mode derivative")
 

@@ -63,7 +63,8 @@ def selective_scan(
     Raises:
         ValueError: If sizes, types or devices do not fit each other.
     """
-    check_arguments(x, "identity", initial_state, resets, None, mask, delta, rates, enter, read)
+    operands = {"x": x, "delta": delta, "rates": rates, "enter": enter, "read": read}
+    check_arguments("identity", **operands, initial_state=initial_state, resets=resets, mask=mask)
     _check_sizes(x, delta, rates, enter, read, initial_state)
     wide = torch.promote_types(x.dtype, torch.float32)
     x, delta, rates, enter, read = (part.to(wide) for part in (x, delta, rates, enter, read))
@@ -99,8 +100,6 @@ def _check_sizes(
     for name, (given, shape) in expected.items():
         if given is not None and given.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(given.shape)}")
-        if given is not None and given.device != x.device:
-            raise ValueError(f"{name} is on {given.device}, x on {x.device}")
 
 
 def _is_native(x: Tensor, rates: Tensor) -> bool:
