@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrl.agents.backbones.native import empty_like, load_kernels, run_parallel
-from minrl.agents.backbones.operators import define_operator
+from minrl.agents.backbones.operators import define_operator, is_transformed
 
 KERNELS = "minrl.agents.backbones.dropout_kernels"
 
@@ -37,7 +37,8 @@ class Dropout(nn.Module):
         """Return x, in training with elements dropped that follow from torch's generator."""
         if not (self.training and self.p):
             return x
-        if x.device.type != "cpu" or x.dtype != torch.float32 or self.p == 1:
+        native = x.device.type == "cpu" and x.dtype == torch.float32 and self.p < 1
+        if not native or is_transformed():
             return functional.dropout(x, self.p)
         key = torch.randint(2**63 - 1, (1,))
         return torch.ops.minrl.dropout(x, key, self.p)

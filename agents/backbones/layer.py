@@ -10,10 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from minrl.agents.backbones.native import empty_like
-from minrl.agents.backbones.operators import define_operator, refuse_gradient
+from minrl.agents.backbones.operators import (
+    define_operator,
+    differentiable_gradients,
+    is_transformed,
+)
 from minrl.agents.backbones.scan import check_arguments, gated_scan
 from minrl.agents.backbones.scan_operator import backend_of, contiguous
-from minrl.agents.backbones.scan_torch import PARTS
+from minrl.agents.backbones.scan_torch import PARTS, scan_by_steps
 
 # Steps in a chunk, counted over its sequences, for each thread (measured, 128 features).
 CHUNK = 4096
@@ -109,6 +113,7 @@ def _are_taken(tensors: list[Tensor | None], batch_first: bool) -> bool:
         and all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
+        and not is_transformed()
         and x.numel() > 0
         and tensors[1].numel() > 0
         and x.shape[1 if batch_first else 0] > 1
@@ -224,26 +229,36 @@ def _backward_shapes(_grad_states, grad_last, x, weight, *others):
 def _save(ctx, inputs, output) -> None:
     x, weight, bias, initial_state, resets, reset_state, mask, *options, _ = inputs
     states, _, packed = output
-    ctx.save_for_backward(x, weight, packed, states, initial_state, resets, reset_state, mask)
-    ctx.options, ctx.has_bias = options, bias is not None
+    ctx.save_for_backward(x, weight, bias, packed, states, initial_state, resets, reset_state, mask)
+    ctx.options = options
     ctx.set_materialize_grads(False)  # or zeros as large as ``packed`` are made, for nothing
 
 
 def _differentiate(ctx, grad_states: Tensor | None, grad_last: Tensor | None, _) -> Gradients:
-    saved, by_input = ctx.saved_tensors, ctx.needs_input_grad[0]
-    states, initial_state = saved[3:5]
+    x, weight, bias, packed, states, *state = ctx.saved_tensors
+    initial_state, resets, reset_state, mask = state
     grad_states = torch.zeros_like(states) if grad_states is None else grad_states
     grad_last = torch.zeros_like(initial_state) if grad_last is None else grad_last
+    if torch.is_grad_enabled():  # create_graph=True
+        by_x, by_weight, by_bias, by_initial, by_reset = differentiable_gradients(
+            lambda x, weight, bias, initial, fresh: scan_by_steps(
+                functional.linear(x, weight, bias), initial, resets, fresh, mask, *ctx.options
+            ),
+            (x, weight, bias, initial_state, reset_state),
+            (grad_states, grad_last),
+        )
+        return by_x, by_weight, by_bias, by_initial, None, by_reset, *[None] * 5
+    by_input = ctx.needs_input_grad[0]
     by_x, by_weight, by_bias, by_initial, by_reset = torch.ops.minrl.gated_layer_backward(
-        grad_states, grad_last, *saved, *ctx.options, by_input
+        grad_states, grad_last, x, weight, packed, states, *state, *ctx.options, by_input
     )
     return (
         by_x if by_input else None,
         by_weight,
-        by_bias if ctx.has_bias else None,
+        None if bias is None else by_bias,
         by_initial,
         None,
-        None if saved[-2] is None else by_reset,
+        None if reset_state is None else by_reset,
         *[None] * 5,
     )
 
@@ -264,5 +279,4 @@ define_operator(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_shapes,
-    refuse_gradient,
 )

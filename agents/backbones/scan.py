@@ -11,11 +11,11 @@ h > 0 and cannot express a reset.
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
+from minrl.agents.backbones.operators import is_transformed
 from minrl.agents.backbones.scan_operator import sizes_of
-from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS, gate_values
+from minrl.agents.backbones.scan_torch import CANDIDATES, scan_by_steps
 
 # A policy's step, of up to this many tokens, is exported as plain operations: it runs without us.
 EXPORTED_STEPS = 3
@@ -59,10 +59,12 @@ def gated_scan(
     NaN anywhere in a step, or a candidate that ``g`` takes to infinity, makes the state not finite,
     until a reset; an infinite gate logit opens or closes the gate.
 
+    Under ``torch.func``'s transforms, in forward-mode differentiation and where gradients are
+    differentiated again (``create_graph=True``), it goes step by step in plain operations.
+
     Raises:
         ValueError: If an option is unknown, or sizes, types or devices do not fit each other.
-        RuntimeError: If there is no step at all, or under forward-mode differentiation, which this
-            operator does not have.
+        RuntimeError: If there is no step at all.
     """
     batch, length, width = sizes_of(projected, gates, batch_first)
     dtype = torch.promote_types(projected.dtype, torch.float32)
@@ -81,19 +83,14 @@ def gated_scan(
     if batch == 0:
         states = projected[..., :width]
         return states, states.select(1 if batch_first else 0, -1).to(dtype)
-    if length == 1 or (length <= EXPORTED_STEPS and torch.compiler.is_exporting()):
-        time, states, state = (1 if batch_first else 0), [], initial_state
-        for t in range(length):
-            now = (x if x is None else x.select(time, t) for x in (projected, resets, mask))
-            output, state = _scan_one_step(*now, state, reset_state, gates, activation)
-            states.append(output)
-        return torch.stack(states, time), state
+    flags, options = (initial_state, resets, reset_state, mask), (gates, activation, batch_first)
+    few = length <= EXPORTED_STEPS and torch.compiler.is_exporting()
+    if length == 1 or few or is_transformed():
+        return scan_by_steps(projected, *flags, *options)
     output_type = projected.dtype
     if projected.device.type != "cuda":
         projected = projected.to(dtype)
-    states, last, _ = torch.ops.minrl.gated_scan(
-        projected, initial_state, resets, reset_state, mask, gates, activation, batch_first
-    )
+    states, last, _ = torch.ops.minrl.gated_scan(projected, *flags, *options)
     return states.to(output_type), last
 
 
@@ -119,35 +116,6 @@ def check_arguments(activation: str, **tensors: Tensor | None) -> None:
                 f"{name} must be bool of {tuple(sequences.shape[:2])}, not {tensor.dtype} of "
                 f"{tuple(tensor.shape)}"
             )
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in given.values()
-    ):
-        raise RuntimeError("gated_scan has no forward-mode derivative")
-
-
-def _scan_one_step(
-    projected: Tensor,
-    resets: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    reset_state: Tensor | None,
-    gates: str,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Do one step, (B, G*H), in plain operations, which can be exported without this package."""
-    dtype = torch.promote_types(projected.dtype, torch.float32)
-    if mask is not None:  # or the gradient of what is not valid would be 0 * NaN
-        projected = projected.masked_fill(~mask.unsqueeze(-1), 0.0)
-    parts = projected.to(dtype).chunk(PARTS[gates], dim=-1)
-    zeros = torch.zeros_like(parts[-1])
-    state = zeros if initial_state is None else initial_state
-    fresh = zeros if reset_state is None else reset_state
-    before = state if resets is None else torch.where(resets.unsqueeze(-1), fresh, state)
-    enter, leave = gate_values(parts, gates)
-    after = before + (enter * CANDIDATES[activation](parts[-1]) - leave * before)
-    if mask is not None:
-        after = torch.where(mask.unsqueeze(-1), after, state)
-    return after.to(projected.dtype), after
 
 
 def gated_scan_reference(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minrl.agents.backbones import scan_cpu, scan_torch
-from minrl.agents.backbones.operators import define_operator, refuse_gradient
+from minrl.agents.backbones.operators import define_operator, differentiable_gradients
 from minrl.agents.backbones.scan_torch import PARTS
 
 Gradients = tuple[Tensor | None, ...]
@@ -171,6 +171,15 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_states: Tensor, grad_last: Tensor, _) -> Gradients:
     projected, saved, initial_state, resets, reset_state, mask = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        by_projected, by_initial, by_reset = differentiable_gradients(
+            lambda x, initial, fresh: scan_torch.scan_by_steps(
+                x, initial, resets, fresh, mask, *ctx.options
+            ),
+            (projected, initial_state, reset_state),
+            (grad_states, grad_last),
+        )
+        return by_projected, by_initial, None, by_reset, None, None, None, None
     grads = torch.ops.minrl.gated_scan_backward(
         grad_states,
         grad_last,
@@ -202,5 +211,4 @@ define_operator(
     f"{_FLAGS}, {_OPTIONS}) -> {_RESULTS}",
     _backward,
     _backward_shapes,
-    refuse_gradient,
 )

@@ -42,6 +42,53 @@ def _update_logit(parts: tuple[Tensor, ...], gates: str) -> Tensor:
     return functional.softplus(-forget) - functional.softplus(-enter)
 
 
+def scan_by_steps(
+    projected: Tensor,
+    initial_state: Tensor | None,
+    resets: Tensor | None,
+    reset_state: Tensor | None,
+    mask: Tensor | None,
+    gates: str,
+    activation: str,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do what the operator does by a dozen plain operations for each step.
+
+    They can be exported without this package, differentiated in every way, and transformed.
+    """
+    time, states, state = (1 if batch_first else 0), [], initial_state
+    for t in range(projected.shape[time]):
+        now = (x if x is None else x.select(time, t) for x in (projected, resets, mask))
+        output, state = _scan_one_step(*now, state, reset_state, gates, activation)
+        states.append(output)
+    return torch.stack(states, time), state
+
+
+def _scan_one_step(
+    projected: Tensor,
+    resets: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    reset_state: Tensor | None,
+    gates: str,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Do one step, (B, G*H)."""
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    if mask is not None:  # or the gradient of what is not valid would be 0 * NaN
+        projected = projected.masked_fill(~mask.unsqueeze(-1), 0.0)
+    parts = projected.to(dtype).chunk(PARTS[gates], dim=-1)
+    zeros = torch.zeros_like(parts[-1])
+    state = zeros if initial_state is None else initial_state
+    fresh = zeros if reset_state is None else reset_state
+    before = state if resets is None else torch.where(resets.unsqueeze(-1), fresh, state)
+    enter, leave = gate_values(parts, gates)
+    after = before + (enter * CANDIDATES[activation](parts[-1]) - leave * before)
+    if mask is not None:
+        after = torch.where(mask.unsqueeze(-1), after, state)
+    return after.to(projected.dtype), after
+
+
 def scan_forward(
     projected: Tensor,
     initial_state: Tensor,

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from minrl.agents.backbones.native import empty_like, load_kernels, run_parallel
-from minrl.agents.backbones.operators import define_operator, refuse_gradient
+from minrl.agents.backbones.operators import (
+    define_operator,
+    differentiable_gradients,
+    is_transformed,
+)
 from minrl.agents.backbones.scan import check_arguments, gated_scan
 from minrl.agents.backbones.scan_operator import contiguous
 
@@ -109,6 +113,7 @@ def _is_native(x: Tensor, rates: Tensor) -> bool:
         and x.numel() > 0
         and rates.numel() > 0
         and not torch.compiler.is_exporting()
+        and not is_transformed()
         and load_kernels(KERNELS) is not None
     )
 
@@ -238,14 +243,22 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_y: Tensor | None, grad_last: Tensor | None, _) -> tuple:
     *given, resets, mask, states = ctx.saved_tensors
     x, state = given[0], given[-1]
-    grads = torch.ops.minrl.selective_scan_backward(
-        torch.zeros_like(x) if grad_y is None else grad_y,
-        torch.zeros_like(state) if grad_last is None else grad_last,
-        *given,
-        states,
-        resets,
-        mask,
-    )
+    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+    grad_last = torch.zeros_like(state) if grad_last is None else grad_last
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = differentiable_gradients(
+            # In float64: the gradient by the rates is a small difference of large terms.
+            lambda *inputs: [
+                y.to(x.dtype)
+                for y in _scan_by_gates(*(value.double() for value in inputs), resets, mask)
+            ],
+            given,
+            (grad_y, grad_last),
+        )
+    else:
+        grads = torch.ops.minrl.selective_scan_backward(
+            grad_y, grad_last, *given, states, resets, mask
+        )
     return *grads, None, None
 
 
@@ -263,5 +276,4 @@ define_operator(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_shapes,
-    refuse_gradient,
 )

@@ -176,16 +176,6 @@ def test_what_was_traced_without_gradients_says_so_when_it_is_trained():
         traced(x.requires_grad_()).sum().backward()
 
 
-def test_a_second_derivative_is_refused_not_wrong():
-    tensors, options = make_inputs()
-    x = tensors.pop("x").requires_grad_()
-    (grad,) = torch.autograd.grad(
-        gated_layer(x, **tensors, **options)[0].square().sum(), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="twice"):
-        grad.sum().backward()
-
-
 def test_learning_holds_no_gradient_of_all_pre_activations(monkeypatch):
     monkeypatch.setattr(layer, "CHUNK", 2048)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -215,18 +205,6 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
     tensors, options = make_inputs(flags=False)
     with pytest.raises(ValueError, match=message):
         gated_layer(**tensors | options | change)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_state"])
-def test_a_forward_mode_derivative_is_refused_not_zero(name):
-    tensors, options = make_inputs(flags=False)
-
-    def states(value):
-        return gated_layer(**tensors | {name: value}, **options)[0]
-
-    with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.jvp(states, (tensors[name],), (tensors[name],))
 
 
 def test_one_long_sequence_is_cut_along_time(monkeypatch):

@@ -56,14 +56,6 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(direct[name], again[name]) for name in direct)
 
 
-def test_a_second_derivative_is_refused_not_wrong():
-    projected = make_inputs(1, 5, 2, flags="plain")[0]["projected"].requires_grad_()
-    states, _ = gated_scan(projected)
-    (grad,) = torch.autograd.grad(states.square().sum(), projected, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -87,10 +79,3 @@ def test_no_sequence_gives_no_states_and_no_step_is_refused(dtype):
     assert (states.shape, last.shape) == ((0, 4, 5), (0, 5))
     with pytest.raises(RuntimeError, match="larger than 0"):
         gated_scan(torch.zeros(2, 0, 10, dtype=dtype))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_a_forward_mode_derivative_is_refused_not_zero():
-    projected = make_inputs(1, 5, 2, flags="plain")[0]["projected"]
-    with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.jvp(lambda x: gated_scan(x)[0], (projected,), (projected,))

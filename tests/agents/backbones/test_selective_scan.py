@@ -99,6 +99,24 @@ def test_steps_of_any_length_have_finite_gradients_that_are_right(dtype, steps):
     assert_equal(run_with_gradients(selective_scan, tensors, options, dtype), expected, dtype)
 
 
+def second_derivatives(function, tensors, flags, dtype=torch.float64):
+    """Return the gradients of the sum of squares of the gradients."""
+    leaves = {name: value.to(dtype, copy=True).requires_grad_() for name, value in tensors.items()}
+    y, last = function(*leaves.values(), **flags)
+    loss = y[flags["mask"]].square().sum() + last.sin().sum()
+    first = torch.autograd.grad(loss, leaves.values(), create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves.values())
+    return dict(zip(leaves, second, strict=True))
+
+
+def test_second_derivatives_are_those_of_a_loop():
+    tensors, options = make_inputs(2, 7, 3, 2)
+    expected = second_derivatives(loop, tensors, options)
+    for dtype in (torch.float32, torch.float64):
+        got = second_derivatives(selective_scan, tensors, options, dtype)
+        assert_equal(got, expected, dtype)
+
+
 def test_without_an_initial_state_it_is_zero(dtype):
     tensors, options = make_inputs()
     *rest, initial = (value.to(dtype) for value in tensors.values())
