@@ -77,7 +77,7 @@ def _memory(model: TrajectoryModel, steps: int) -> int:
     How often each part is there at the peak was measured: 2 to 5 times.
     """
     config = model.config
-    per_step = 3 if config.tokens == "interleaved" else 1
+    per_step = config.tokens_per_step
     tokens, seen = steps * per_step, 0
     if config.backbone == "transformer":
         seen = (config.attention_context or DEFAULT_ATTENTION_CONTEXT) * per_step

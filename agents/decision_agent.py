@@ -40,6 +40,7 @@ class AgentState:
     returns_to_go: np.ndarray
     timesteps: np.ndarray
     window: RecentSteps | None = None
+    refresh_every: int = 0
 
 
 class DecisionAgent:
@@ -68,13 +69,12 @@ class DecisionAgent:
         context: int = 20,
         info: dict | None = None,
     ):
-        for name, value, least in (("refresh_every", refresh_every, 0), ("context", context, 1)):
-            if not isinstance(value, numbers.Integral) or value < least:
-                raise ConfigError(f"{name} must be a whole number from {least}, not {value!r:.50}")
         self._model = model.eval()
         self.target_return = _checked_target(target_return)
-        self.refresh_every, self.context = int(refresh_every), int(context)
-        refuse_much_memory(model, self.context if self.refresh_every else 0)
+        self._context = _checked_count("context", context, 1)
+        self.refresh_every = refresh_every
+        if not self.refresh_every:
+            refuse_much_memory(model, 0)
         self._policy = StepPolicy(model)
         self.info = info or {}
         self.device = model.action_low.device
@@ -143,7 +143,7 @@ class DecisionAgent:
         rewards = None if rewards is None else _checked_rewards(rewards, batch)
         if batch != len(self._starts):
             self._resize(batch)
-        if self._state is None:
+        if self._state is None or self._starts.all():
             self._state = self._fresh_state(batch)
         actions, self._state = self._advance(
             self._state, observations, rewards, self._starts, self._targets
@@ -210,10 +210,10 @@ class DecisionAgent:
 
         Raises:
             CheckpointError: If there is none, or it is damaged or does not fit this version.
-            ValueError: If ``checkpoint`` is neither of the two.
+            ConfigError: If ``checkpoint`` is neither of the two.
         """
         if checkpoint not in ("last", "best"):
-            raise ValueError(f'checkpoint must be "last" or "best", not {checkpoint!r}')
+            raise ConfigError(f"checkpoint must be last or best, not {checkpoint!r}")
         path = Path(path)
         if path.is_dir():
             folder = CheckpointFolder(path / "checkpoints" if path.name != "checkpoints" else path)
@@ -231,6 +231,26 @@ class DecisionAgent:
     def model(self) -> TrajectoryModel:
         """The model that acts; its weights may change at any time."""
         return self._model
+
+    @property
+    def refresh_every(self) -> int:
+        """Steps after which the state is rebuilt from the last ``context``; 0 never.
+
+        What it is set to takes effect when all environments start anew.
+        """
+        return self._refresh_every
+
+    @refresh_every.setter
+    def refresh_every(self, steps: int) -> None:
+        steps = _checked_count("refresh_every", steps, 0)
+        if steps:
+            refuse_much_memory(self.model, self.context)
+        self._refresh_every = steps
+
+    @property
+    def context(self) -> int:
+        """Steps from which the state is rebuilt."""
+        return self._context
 
     @property
     def references(self) -> tuple[float, float] | None:
@@ -266,11 +286,12 @@ class DecisionAgent:
     def _fresh_state(self, batch: int) -> AgentState:
         window = None
         if self.refresh_every:
-            refuse_much_memory(self.model, self.context)  # it may have been set since
             window = RecentSteps(self.model, batch, self.context)
         with torch.inference_mode():
             model_state = self._policy.initial_state(batch)
-        return AgentState(model_state, np.zeros(batch), np.full(batch, -1), window)
+        return AgentState(
+            model_state, np.zeros(batch), np.full(batch, -1), window, self.refresh_every
+        )
 
     def _advance(
         self,
@@ -288,12 +309,13 @@ class DecisionAgent:
         timesteps[starts] = 0
         inputs = (observations, returns_to_go, timesteps, starts, state.model)
         if state.window is not None or self.model.training:  # in training there may be dropout
-            window = (state.window, self.refresh_every)
+            window = (state.window, state.refresh_every)
             actions, model_state = plain_step(self._policy, *inputs, *window)
         else:
             self._step = self._step or fast_step(self._policy)
             actions, model_state = self._step(*inputs)
-        return actions, AgentState(model_state, returns_to_go, timesteps, state.window)
+        after = AgentState(model_state, returns_to_go, timesteps, state.window, state.refresh_every)
+        return actions, after
 
     def _check(self, observations: np.ndarray) -> None:
         size = self.model.observation_size
@@ -306,6 +328,12 @@ class DecisionAgent:
         if not finite.all():
             row = finite.all(axis=1).argmin()
             raise ValueError(f"the observation of environment {row} is not finite")
+
+
+def _checked_count(name: str, value: int, least: int) -> int:
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ConfigError(f"{name} must be a whole number from {least}, not {value!r:.50}")
+    return int(value)
 
 
 def _checked_target(value: float) -> float:

@@ -19,6 +19,7 @@ from minrl.agents.losses import masked_action_loss
 from minrl.agents.trajectory import TrajectoryModel
 
 if TYPE_CHECKING:
+    from minrl.agents.training import OptimizationConfig
     from minrl.data.windows import WindowSampler
 
 Inputs = dict[str, Tensor]
@@ -36,10 +37,7 @@ class Update:
         model: Whose weights are moved.
         parallel: The same, or its ``DistributedDataParallel``.
         optimizer: A fused one.
-        gradient_clip: Largest norm of the gradient.
-        action_dropout: See :class:`OptimizationConfig`.
-        precision: Likewise.
-        averaged: Whether to keep an average of the weights.
+        config: How.
     """
 
     def __init__(
@@ -47,16 +45,12 @@ class Update:
         model: TrajectoryModel,
         parallel: nn.Module,
         optimizer: torch.optim.Optimizer,
-        *,
-        gradient_clip: float,
-        action_dropout: float,
-        precision: str,
-        averaged: bool,
+        config: "OptimizationConfig",
     ):
         self.model, self.parallel, self.optimizer = model, parallel, optimizer
-        self.gradient_clip, self.action_dropout = gradient_clip, action_dropout
-        self.precision = precision
+        self.config = config
         self.device = model.action_low.device
+        averaged = config.ema_decay > 0
         self.average = copy.deepcopy(model).requires_grad_(False) if averaged else None
         for module in self.average.modules() if averaged else ():
             if isinstance(module, nn.RNNBase):  # cuDNN wants the copies side by side
@@ -64,9 +58,9 @@ class Update:
         # Learning rate, steps in the loss (on all processes), share of the new weights in the
         # average: what changes from step to step is read from here.
         self.numbers = torch.zeros(3, device=self.device)
-        self.read_rate()
+        self.share_learning_rate()
 
-    def read_rate(self) -> None:
+    def share_learning_rate(self) -> None:
         """Make the optimizer take its learning rate from ``numbers``."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.numbers[0]
@@ -75,7 +69,7 @@ class Update:
         """Take the step; return its loss and the norm of its gradient, (2,)."""
         _, count, share = self.numbers
         self.optimizer.zero_grad()
-        error = self.summed_error(self.parallel, inputs, self.action_dropout)
+        error = self.summed_error(self.parallel, inputs, self.config.action_dropout)
         world_size = dist.get_world_size() if self.parallel is not self.model else 1
         # The ranks' gradients are averaged, so that this is the gradient of the global mean.
         (error * (world_size / count)).backward()
@@ -86,7 +80,7 @@ class Update:
         results = torch.stack([loss, nn.utils.get_total_norm(gradients)])
         finite = results.isfinite().all().float()
         # Fused optimizers divide by the one, and do nothing at all if the other is 1.
-        self.optimizer.grad_scale = (results[1] / self.gradient_clip).clamp(min=1.0)
+        self.optimizer.grad_scale = (results[1] / self.config.gradient_clip).clamp(min=1.0)
         self.optimizer.found_inf = 1.0 - finite
         for group in self.optimizer.param_groups:
             group["capturable"] = self._is_captured()
@@ -102,7 +96,7 @@ class Update:
         mask, loss_mask = inputs["mask"], inputs["loss_mask"]
         actions = inputs["actions"]
         precision = contextlib.nullcontext()
-        if self.precision == "bfloat16":
+        if self.config.precision == "bfloat16":
             precision = torch.autocast(self.device.type, torch.bfloat16)
         with precision:
             predicted, _ = model(

@@ -54,7 +54,7 @@ def description(agent: DecisionAgent) -> dict:
         "return_to_go": ["float32", ["batch"]],
         "timestep": ["int64", ["batch"]],
         "reset": ["bool", ["batch"]],
-        "state": ["float32", ["batch", sum(StepPolicy(model).sizes)]],
+        "state": ["float32", ["batch", StepPolicy(model).state_size]],
     }
     return {
         "minrl": __version__,
@@ -181,7 +181,7 @@ def _write_pt2(policy: StepPolicy, told: str, path: Path) -> None:
 def _example(policy: StepPolicy) -> tuple[tuple[Tensor, ...], list]:
     """Return inputs to trace the step with, and that their first axis is of any length."""
     inputs = map(torch.from_numpy, _inputs(policy.model, np.random.default_rng(0), 3))
-    example = (*inputs, torch.zeros(3, sum(policy.sizes)))
+    example = (*inputs, torch.zeros(3, policy.state_size))
     return example, [{0: torch.export.Dim("batch")}] * len(example)
 
 
@@ -217,7 +217,7 @@ def _difference(agent: DecisionAgent, policy: Policy, batch: int) -> float:
     reach = agent.model.action_reach.numpy()
     checked = DecisionAgent(agent.model, target_return=agent.target_return)
     checked.reset(num_envs=batch)
-    state = np.zeros((batch, sum(StepPolicy(agent.model).sizes)), np.float32)
+    state = np.zeros((batch, StepPolicy(agent.model).state_size), np.float32)
     rewards, differences = np.zeros(batch), []
     returns, timesteps, starts = np.zeros(batch), np.zeros(batch, np.int64), np.ones(batch, bool)
     for _ in range(CHECK_STEPS):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minrl.agents.backbones.native import load_kernels, run_parallel
+from minrl.agents.backbones.native import load_kernels
 from minrl.agents.backbones.scan_torch import PARTS
+from minrl.agents.backbones.threads import run_parallel
 from minrl.agents.native_layout import GROUP, LANES
 from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import LARGEST, StepPolicy
@@ -99,7 +100,7 @@ class NativeStep:
 
     def _checked(self, state: Tensor, batch: int) -> Tensor:
         """Return the state in the form whose memory the compiled code may read."""
-        wanted = (batch, sum(self.policy.sizes))
+        wanted = (batch, self.policy.state_size)
         if state.shape != wanted or state.dtype != torch.float32 or state.device.type != "cpu":
             raise ValueError(
                 f"this state is of another model or number of environments: it is "
@@ -139,7 +140,7 @@ class NativeStep:
             features,
             config.num_layers,
             config.convolution,
-            3 if config.tokens == "interleaved" else 1,
+            config.tokens_per_step,
             config.max_timestep - 1,
             self._body,
             row_floats,

@@ -23,6 +23,7 @@ class StepPolicy(nn.Module):
         self.model = model
         self.shapes = [tensor.shape[1:] for tensor in model.initial_state(1)]
         self.sizes = [shape.numel() for shape in self.shapes]
+        self.state_size = sum(self.sizes)  # S
 
     def initial_state(self, batch: int) -> Tensor:
         """Return the state before an episode, (B, S)."""

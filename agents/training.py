@@ -150,6 +150,8 @@ class Trainer:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
+        if problems := config.problems():
+            raise ConfigError("; ".join(problems))
         self.model = model.to(device)
         self.config, self.total_steps, self.seed = config, total_steps, seed
         self.device = torch.device(device)
@@ -168,10 +170,7 @@ class Trainer:
             model,
             DistributedDataParallel(model) if distributed else model,
             optimizer,
-            gradient_clip=config.gradient_clip,
-            action_dropout=config.action_dropout,
-            precision=config.precision,
-            averaged=config.ema_decay > 0,
+            config,
         )
         self._sampler: WindowSampler | None = None
         self._resident: ResidentStep | None = None
@@ -262,7 +261,7 @@ class Trainer:
             raise CheckpointError("there are averaged weights, which ema_decay 0 has no use for")
         self.model.load_state_dict(state["model"])
         self.update.optimizer.load_state_dict(state["optimizer"])
-        self.update.read_rate()
+        self.update.share_learning_rate()
         if self.update.average is not None:
             self.update.average.load_state_dict(state["average"])
         self.step_count, self._skips_in_a_row = state["step"], state["skips_in_a_row"]

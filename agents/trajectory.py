@@ -74,9 +74,16 @@ class ModelConfig:
     max_timestep: int = 1000
     """Timesteps with an embedding of their own; later ones share the last. With 0 there is none,
     and the model does not see the time."""
+    timestep_std: float = 0.02
+    """Standard deviation of these embeddings at the start."""
     return_scale: float | None = None
     """Returns-to-go are divided by this; by default 1000, as in the papers, or in training on other
     tasks than theirs the largest return in the data."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that a step of an episode becomes."""
+        return 3 if self.tokens == "interleaved" else 1
 
     def problems(self) -> list[str]:
         """Return what is impossible in this configuration, naming field and range."""
@@ -102,18 +109,30 @@ class ModelConfig:
         ):
             if getattr(self, name) < least:
                 found.append(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.attention_context is not None and self.attention_context < 1:
-            found.append(f"attention_context must be at least 1, not {self.attention_context}")
-        if self.backbone == "transformer" and self.num_heads > 0 and self.width % self.num_heads:
-            found.append(f"num_heads must divide the width, {self.width}, not {self.num_heads}")
-        if self.backbone == "mlp" and not self.mlp_ratio:
-            found.append("mlp_ratio must be at least 1 with the backbone mlp, not 0")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.return_scale is not None and not 0 < self.return_scale < math.inf:
-            found.append(f"return_scale must be positive and finite, not {self.return_scale}")
-        if not math.isfinite(self.forget_bias):
-            found.append(f"forget_bias must be finite, not {self.forget_bias}")
+        context, scale = self.attention_context, self.return_scale
+        undivided = self.backbone == "transformer" and self.width % max(self.num_heads, 1)
+        wrong = (
+            ("attention_context", context is not None and context < 1, "be at least 1"),
+            ("num_heads", undivided, f"divide the width, {self.width}"),
+            (
+                "mlp_ratio",
+                self.backbone == "mlp" and not self.mlp_ratio,
+                "be at least 1 with the backbone mlp",
+            ),
+            ("dropout", not 0 <= self.dropout < 1, "be in [0, 1)"),
+            (
+                "return_scale",
+                scale is not None and not 0 < scale < math.inf,
+                "be positive and finite",
+            ),
+            ("timestep_std", not 0 <= self.timestep_std < math.inf, "be 0 or more and finite"),
+            ("forget_bias", not math.isfinite(self.forget_bias), "be finite"),
+        )
+        found += [
+            f"{name} must {rule}, not {getattr(self, name)}"
+            for name, is_wrong, rule in wrong
+            if is_wrong
+        ]
         return found
 
 
@@ -137,13 +156,15 @@ class TrajectoryModel(nn.Module):
     def __init__(self, observation_size: int, action_size: int, config: ModelConfig | None = None):
         super().__init__()
         self.config = config = config or ModelConfig()
+        if problems := config.problems():
+            raise ConfigError("; ".join(problems))
         self.observation_size, self.action_size = observation_size, action_size
         self.return_scale = config.return_scale or 1000.0
         interleaved = config.tokens == "interleaved"
         options = {name: getattr(config, name) for name in MIXER_FIELDS[config.backbone]}
         if config.backbone == "transformer":
             steps = config.attention_context or DEFAULT_ATTENTION_CONTEXT
-            options["context"] = steps * (3 if interleaved else 1)
+            options["context"] = steps * config.tokens_per_step
         sees_all = config.tokens != "observation"
         self.embed_return = nn.Linear(1, config.width) if sees_all else None
         self.embed_observation = nn.Linear(observation_size, config.width)
@@ -153,7 +174,7 @@ class TrajectoryModel(nn.Module):
             self.embed_action = nn.Linear(action_size, config.width, bias=interleaved)
         if sees_all and config.max_timestep:
             self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
-            nn.init.normal_(self.embed_timestep.weight, std=0.02)
+            nn.init.normal_(self.embed_timestep.weight, std=config.timestep_std)
         self.embedding_norm = nn.LayerNorm(config.width)
         self.embedding_dropout = Dropout(config.dropout)
         self.backbone = Backbone(
@@ -188,8 +209,6 @@ class TrajectoryModel(nn.Module):
             ConfigError: If something in it is impossible.
         """
         config = ModelConfig(**description["config"])
-        if problems := config.problems():
-            raise ConfigError("; ".join(problems))
         return cls(description["observation_size"], description["action_size"], config)
 
     def initial_state(self, batch_size: int) -> State:
@@ -321,7 +340,7 @@ class TrajectoryModel(nn.Module):
 
     def _spread(self, mask: Tensor) -> Tensor:
         """Spread the mask of steps, (B, T), over their tokens."""
-        return mask.repeat_interleave(3, dim=1) if self.config.tokens == "interleaved" else mask
+        return mask.repeat_interleave(self.config.tokens_per_step, dim=1)
 
     def _spread_starts(self, resets: Tensor) -> Tensor:
         """Spread resets of steps, (B, T), over their tokens: an episode starts at its return's."""

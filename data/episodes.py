@@ -41,6 +41,13 @@ class DatasetInfo:
     sha256: str = ""
     max_episode_steps: int | None = None
 
+    @property
+    def references(self) -> tuple[float, float] | None:
+        """Returns that score 0 and 100 percent; None when not known."""
+        if self.reference_min is None or self.reference_max is None:
+            return None
+        return self.reference_min, self.reference_max
+
 
 class Episode(NamedTuple):
     """One episode of T steps. `observations` has T+1 rows, the last seen after the last action."""

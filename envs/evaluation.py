@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from minrl.envs.scores import reference_scores
+from minrl.envs.scores import percent_of, reference_scores
 from minrl.errors import EnvError
 
 
@@ -82,15 +81,14 @@ class Evaluation:
         See `minrl.envs.scores.reference_scores` for what such figures may be compared with.
         """
         try:
-            lowest, highest = self.references or reference_scores(self.environment_id)
+            references = self.references or reference_scores(self.environment_id)
         except EnvError:
             return None
-        percent = 100.0 / (highest - lowest)
         low, high = self.interval_95
         return {
-            "mean": percent * (self.return_mean - lowest),
-            "std": percent * self.return_std,  # a width: only the range matters
-            "interval_95": (percent * (low - lowest), percent * (high - lowest)),
+            "mean": percent_of(self.return_mean, references),
+            "std": percent_of(self.return_std, (0.0, references[1] - references[0])),  # a width
+            "interval_95": (percent_of(low, references), percent_of(high, references)),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,20 +108,6 @@ class Evaluation:
                 "lengths": self.lengths.tolist(),
             }
         )
-
-
-class EvaluationError(EnvError):
-    """An evaluation that came to no end.
-
-    Args:
-        message: what happened, naming environment, episode and step.
-        finished: return and length by episode, of those that were over before. There is no mean of
-            them here, on purpose: short episodes are over first, so it would be that of others.
-    """
-
-    def __init__(self, message: str, finished: Mapping[int, tuple[float, int]] | None = None):
-        super().__init__(message)
-        self.finished = dict(sorted((finished or {}).items()))
 
 
 def _jsonable(value: Any) -> Any:

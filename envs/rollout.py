@@ -8,13 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from minrl.envs.evaluation import Evaluation, EvaluationError
+from minrl.envs.evaluation import Evaluation
 from minrl.envs.lanes import Lanes, place, to_numbers
 from minrl.envs.make import make_limited_envs
 from minrl.envs.workers import WorkerLanes
-from minrl.errors import EnvError
+from minrl.errors import EnvError, EvaluationError
 
-__all__ = ["Evaluation", "EvaluationError", "Policy", "evaluate", "play_episodes"]
+__all__ = ["Evaluation", "Policy", "evaluate", "play_episodes"]
 
 _LONGEST_TIMEOUT = 1e9  # seconds; what a socket takes is not much more
 _HURRY_SECONDS = 1.0  # for the sound environments to close when another one has failed

@@ -56,22 +56,14 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     Raises:
         EnvError: the task has no known reference scores.
     """
-    lowest, highest = reference_scores(name)
+    return percent_of(returns, reference_scores(name))
+
+
+@overload
+def percent_of(returns: float, references: tuple[float, float]) -> float: ...
+@overload
+def percent_of(returns: np.ndarray, references: tuple[float, float]) -> np.ndarray: ...
+def percent_of(returns: float | np.ndarray, references: tuple[float, float]) -> float | np.ndarray:
+    """Express returns in percent of the way from the lower reference to the higher."""
+    lowest, highest = references
     return 100.0 * (returns - lowest) / (highest - lowest)
-
-
-@overload
-def normalized_std(std: float, name: str) -> float: ...
-@overload
-def normalized_std(std: np.ndarray, name: str) -> np.ndarray: ...
-def normalized_std(std: float | np.ndarray, name: str) -> float | np.ndarray:
-    """Express a standard deviation (or any width) of returns in percent of the reference range.
-
-    A width is divided by the range only. Passing it through `normalized_score` would subtract the
-    random policy's return from it, as OfflineRL-Kit does (``policy_trainer/mf_policy_trainer.py``).
-
-    Raises:
-        EnvError: the task has no known reference scores.
-    """
-    lowest, highest = reference_scores(name)
-    return 100.0 * std / (highest - lowest)

@@ -122,7 +122,12 @@ def _write_gif(path: Path, frames: list[np.ndarray], fps: float) -> None:
     first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
-def _choose_writer(path: Path) -> Callable[[Path, list[np.ndarray], float], None]:
+def choose_writer(path: Path) -> Callable[[Path, list[np.ndarray], float], None]:
+    """Return what writes (path, frames, frames a second) to a file of this name.
+
+    Raises:
+        EnvError: neither .mp4 nor .gif, or a library is missing.
+    """
     if path.suffix.lower() == ".gif":
         return _write_gif
     if path.suffix.lower() != ".mp4":
@@ -164,7 +169,7 @@ def record_video(
             offscreen (the message says what to install), or as `minrl.envs.rollout.evaluate`.
     """
     path = Path(path)
-    write = _choose_writer(path)
+    write = choose_writer(path)
     environment = make_limited_env(environment_id, max_episode_steps, render=True)
     with closing(environment):
         if hasattr(environment.unwrapped, "mujoco_renderer"):

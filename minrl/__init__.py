@@ -16,6 +16,7 @@ _HOME = {
     "Backbone": "minrl.agents.backbones.blocks",
     "MinGRU": "minrl.agents.backbones.cells",
     "MinLSTM": "minrl.agents.backbones.cells",
+    "ModelConfig": "minrl.agents.trajectory",
     "TrajectoryModel": "minrl.agents.trajectory",
     "DecisionAgent": "minrl.agents.decision_agent",
     "load_dataset": "minrl.data.minari_source",
@@ -28,6 +29,7 @@ __all__ = [
     "DecisionAgent",
     "MinGRU",
     "MinLSTM",
+    "ModelConfig",
     "TrajectoryModel",
     "__version__",
     "evaluate",
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from minrl.agents.backbones.blocks import Backbone
     from minrl.agents.backbones.cells import MinGRU, MinLSTM
     from minrl.agents.decision_agent import DecisionAgent
-    from minrl.agents.trajectory import TrajectoryModel
+    from minrl.agents.trajectory import ModelConfig, TrajectoryModel
     from minrl.data.minari_source import load_dataset
     from minrl.envs.rollout import evaluate
     from minrl.envs.scores import normalized_score

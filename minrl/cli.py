@@ -10,7 +10,7 @@ from typing import Any
 from minrl import __version__
 from minrl.errors import MinrlError
 
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
+INTERRUPTED = 130  # exit status of what Ctrl-C or SIGTERM stopped, as shells have it
 
 COMMANDS = {
     "train": "train on offline data, evaluate, leave a run folder",
@@ -80,8 +80,8 @@ def _train(arguments: list[str]) -> int:
 
     def run(config: TrainConfig = base, resume: Path | None = None) -> int:
         config = base.continued_with(config) if resume else config
-        folder = RunFolder(train(config, resume))
-        return 0 if folder.is_finished() else INTERRUPTED
+        path = train(config, resume)  # None on all processes of torchrun but the first
+        return 0 if path is None or RunFolder(path).is_finished() else INTERRUPTED
 
     run.__doc__ = train.__doc__
     return _call(run, "train", arguments)

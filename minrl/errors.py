@@ -3,6 +3,8 @@
 Each also derives from the built-in class a caller would expect to catch.
 """
 
+from collections.abc import Mapping
+
 
 class MinrlError(Exception):
     """Base of every error this package raises on purpose."""
@@ -20,8 +22,22 @@ class EnvError(MinrlError, ValueError):
     """An environment is unknown or has spaces that are not supported."""
 
 
+class EvaluationError(EnvError):
+    """An evaluation that came to no end.
+
+    Args:
+        message: What happened, naming environment, episode and step.
+        finished: Return and length by episode, of those that were over before. There is no mean of
+            them here, on purpose: short episodes are over first, so it would be biased.
+    """
+
+    def __init__(self, message: str, finished: Mapping[int, tuple[float, int]] | None = None):
+        super().__init__(message)
+        self.finished = dict(sorted((finished or {}).items()))
+
+
 class CheckpointError(MinrlError, RuntimeError):
-    """A checkpoint cannot be written, or is missing, damaged or of another model."""
+    """A checkpoint or another file of a run cannot be written, or is missing or damaged."""
 
 
 class TrainingError(MinrlError, RuntimeError):

@@ -15,7 +15,7 @@ from minrl.data.minari_source import list_datasets, load_dataset
 from minrl.data.minari_writer import DatasetCard
 from minrl.data.validate import check_policy
 from minrl.envs.make import check_spaces, make_env
-from minrl.envs.scores import REFERENCE_SCORES, reference_scores
+from minrl.envs.scores import REFERENCE_SCORES, percent_of, reference_scores
 from minrl.errors import ConfigError, EnvError
 
 _QUANTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
@@ -141,8 +141,7 @@ def describe(episodes: Episodes) -> list[str]:
     unfinished = ~(terminated | truncated)
     rows = {"length": episodes.lengths, "return": episodes.returns}
     if references := _find_references(info):
-        low, high = references
-        rows["score, %"] = 100 * (episodes.returns - low) / (high - low)
+        rows["score, %"] = percent_of(episodes.returns, references)
     header = "".join(f"{name:>11}" for name in ("mean", "std", *_QUANTILES))
     lines = [
         f"dataset      {info.dataset_id}",
@@ -164,11 +163,9 @@ def describe(episodes: Episodes) -> list[str]:
 
 def plot_histograms(episodes: Episodes, path: Path) -> None:
     """Draw how lengths and returns are distributed over the episodes, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"{episodes.info.dataset_id}: {episodes.num_episodes:,} episodes, "
         f"{episodes.num_steps:,} steps"
@@ -184,7 +181,7 @@ def plot_histograms(episodes: Episodes, path: Path) -> None:
         score_axis = return_axis.secondary_xaxis(
             "top",
             functions=(
-                lambda returns: 100 * (returns - low) / (high - low),
+                lambda returns: percent_of(returns, references),
                 lambda scores: low + scores * (high - low) / 100,
             ),
         )
@@ -194,8 +191,8 @@ def plot_histograms(episodes: Episodes, path: Path) -> None:
 
 def _find_references(info: DatasetInfo) -> tuple[float, float] | None:
     """Return the returns for 0 and 100 percent, the dataset's own or D4RL's; None without any."""
-    if info.reference_min is not None and info.reference_max is not None:
-        return info.reference_min, info.reference_max
+    if info.references is not None:
+        return info.references
     try:
         return reference_scores(info.environment_id or "")
     except EnvError:

@@ -1,8 +1,7 @@
 """``minrl evaluate``: a trained run in its environment, every target, last and best checkpoint."""
 
-import contextlib
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,113 +9,96 @@ from tqdm.auto import tqdm
 
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import choose_device
-from minrl.envs.evaluation import Evaluation, EvaluationError
+from minrl.envs.evaluation import Evaluation
 from minrl.envs.make import make_limited_env
 from minrl.envs.rollout import evaluate
-from minrl.errors import CheckpointError, ConfigError
+from minrl.envs.video import choose_writer, record_video
+from minrl.errors import CheckpointError, ConfigError, EvaluationError
 from minrl.scripts.plots import plot_target_vs_return
 from minrl.scripts.run_folder import RunFolder
 
 SWEEP_TARGETS, SWEEP_EPISODES = 6, 10
 CHECKPOINTS = ("both", "last", "best")
-VIDEO_FORMATS = (".mp4", ".gif")
 
 
-def evaluate_command(
-    run: Path,
-    /,
-    episodes: int = 100,
-    targets: tuple[float, ...] = (),
-    checkpoint: str = "both",
-    environment: str | None = None,
-    seed: int | None = None,
-    num_envs: int | None = None,
-    num_workers: int = 0,
-    timeout: float = 60.0,
-    refresh_every: int | None = None,
-    device: str = "cpu",
-    video: Path | None = None,
-) -> None:
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, and how."""
+
+    episodes: int = 100
+    """For each target and checkpoint."""
+    targets: tuple[float, ...] = ()
+    """Returns to ask for; by default those of the run."""
+    checkpoint: str = "both"
+    """last, best or both. Best is the one with the highest return at the first target while
+    training, on other start states than these."""
+    environment: str | None = None
+    """Gymnasium id; by default the one the run was trained for."""
+    seed: int | None = None
+    """Of the start states, by default that of the run's final evaluation; the same seed gives the
+    same numbers."""
+    num_envs: int | None = None
+    """Environments stepped together."""
+    num_workers: int = 0
+    """Processes that hold the environments, so that one which crashes or hangs takes nothing with
+    it; 0 for this process. The numbers are the same."""
+    timeout: float = 60.0
+    """Seconds that a worker may take for one step of its environments."""
+    refresh_every: int | None = None
+    """Rebuild the recurrent state from the last context steps this often: 0 never, 1 at every step
+    (windowed acting); by default as the run was trained to."""
+    device: str = "cpu"
+    """cpu, cuda ..."""
+
+    def check(self) -> None:
+        """Refuse what is impossible.
+
+        Raises:
+            ConfigError: Names the field and what is allowed.
+        """
+        if self.checkpoint not in CHECKPOINTS:
+            allowed = ", ".join(CHECKPOINTS)
+            raise ConfigError(f"checkpoint must be one of {allowed}, not {self.checkpoint!r}")
+        if self.episodes < 1:
+            raise ConfigError(f"episodes must be at least 1, not {self.episodes}")
+        if self.refresh_every is not None and self.refresh_every < 0:
+            raise ConfigError(f"refresh-every must be at least 0, not {self.refresh_every}")
+
+
+def evaluate_command(run: Path, /, config: EvaluateConfig, video: Path | None = None) -> None:
     """Evaluate a trained run: returns and normalised scores of its last and best checkpoints.
 
     Args:
         run: Folder of the run.
-        episodes: For each target and checkpoint.
-        targets: Returns to ask for; by default those of the run.
-        checkpoint: last, best or both. Best is the one with the highest return at the first target
-            while training, on other start states than these.
-        environment: Gymnasium id; by default the one the run was trained for.
-        seed: Of the start states, by default that of the run's final evaluation; the same seed
-            gives the same numbers.
-        num_envs: Environments stepped together.
-        num_workers: Processes that hold the environments, so that one which crashes or hangs takes
-            nothing with it; 0 for this process. The numbers are the same.
-        timeout: Seconds that a worker may take for one step of its environments.
-        refresh_every: Rebuild the recurrent state from the last context steps this often: 0 never,
-            1 at every step (windowed acting); by default as the run was trained to.
-        device: cpu, cuda ...
+        config: What and how.
         video: Write one episode at the first target to this .mp4 or .gif file.
     """
-    if video is not None and video.suffix not in VIDEO_FORMATS:
-        raise ConfigError(f"video must end in {' or '.join(VIDEO_FORMATS)}, not {str(video)!r}")
-    first, *_ = evaluate_run(
-        run,
-        episodes=episodes,
-        targets=targets,
-        checkpoint=checkpoint,
-        environment=environment,
-        seed=seed,
-        num_envs=num_envs,
-        num_workers=num_workers,
-        timeout=timeout,
-        refresh_every=refresh_every,
-        device=device,
-    )
     if video is not None:
-        from minrl.envs.video import record_video
-
-        name = "best" if checkpoint == "best" else "last"
-        agent, environment = load_agent(run, name, environment, refresh_every, device)
-        target = targets[0] if targets else agent.target_return
+        choose_writer(video)  # before an evaluation, which may take long
+    first, *_ = evaluate_run(run, config)
+    if video is not None:
+        name = "best" if config.checkpoint == "best" else "last"
+        agent, environment = load_agent(run, name, config)
+        target = config.targets[0] if config.targets else agent.target_return
         record_video(agent, environment, video, target_return=target, seed=first.seed)
         print(f"video of one episode of the {name} checkpoint at target {target:g}: {video}")
 
 
-def evaluate_run(
-    run: Path | str,
-    *,
-    episodes: int = 100,
-    targets: tuple[float, ...] = (),
-    checkpoint: str = "both",
-    environment: str | None = None,
-    seed: int | None = None,
-    num_envs: int | None = None,
-    num_workers: int = 0,
-    timeout: float = 60.0,
-    refresh_every: int | None = None,
-    device: str = "cpu",
-) -> list[Evaluation]:
+def evaluate_run(run: Path | str, config: EvaluateConfig = EvaluateConfig()) -> list[Evaluation]:
     """Evaluate checkpoints of a run, print the table, and append to evaluations.jsonl.
-
-    See :func:`evaluate_command` for the arguments.
 
     Raises:
         ConfigError: If a value is impossible or the environment is of other sizes.
         CheckpointError: If there is no sound checkpoint.
         EvaluationError: If the environment fails; what was finished until then is printed.
     """
-    if checkpoint not in CHECKPOINTS:
-        raise ConfigError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, not {checkpoint!r}")
-    if episodes < 1:
-        raise ConfigError(f"episodes must be at least 1, not {episodes}")
-    if refresh_every is not None and refresh_every < 0:
-        raise ConfigError(f"refresh-every must be at least 0, not {refresh_every}")
+    config.check()
     folder = RunFolder(run)
-    config = folder.read_config()
-    targets = targets or config.targets
-    seed = config.final_seed if seed is None else seed
-    names = ("last", "best") if checkpoint == "both" else (checkpoint,)
-    agents = {name: load_agent(run, name, environment, refresh_every, device) for name in names}
+    trained = folder.read_config()
+    targets = config.targets or trained.targets
+    seed = trained.final_seed if config.seed is None else config.seed
+    names = ("last", "best") if config.checkpoint == "both" else (config.checkpoint,)
+    agents = {name: load_agent(run, name, config) for name in names}
     evaluations, shown = [], {}
     print(TABLE_HEAD)
     for name, (agent, environment_id) in agents.items():
@@ -126,22 +108,7 @@ def evaluate_run(
             continue
         shown[step] = name
         for target in targets:
-            with (
-                show_finished(),
-                tqdm(total=episodes, unit="episode", desc=f"{name} {target:g}", leave=False) as bar,
-            ):
-                evaluation = evaluate(
-                    agent,
-                    environment_id,
-                    episodes=episodes,
-                    target_return=target,
-                    seed=seed,
-                    num_envs=num_envs,
-                    num_workers=num_workers,
-                    timeout=timeout,
-                    references=agent.references,
-                    on_episode=lambda *_, bar=bar: bar.update(),
-                )
+            evaluation = _evaluate(agent, environment_id, target, seed, config, name)
             print(table_row(name, step, evaluation))
             evaluations.append(evaluation)
             line = {"checkpoint": name, "step": step, "refresh_every": agent.refresh_every}
@@ -150,27 +117,41 @@ def evaluate_run(
     scale = "no reference scores are known"
     if evaluations[0].normalized is not None:
         scale = f"score in percent: {agent.info['dataset']['score_note']}"
-    print(f"{episodes} episodes each in {environment_id}, seed {seed}; {scale}")
+    print(f"{config.episodes} episodes each in {environment_id}, seed {seed}; {scale}")
     return evaluations
 
 
-@contextlib.contextmanager
-def show_finished() -> Iterator[None]:
-    """Print the episodes that an evaluation finished before it failed, if it does."""
-    try:
-        yield
-    except EvaluationError as error:
-        for episode, (total, length) in error.finished.items():
-            print(f"finished: episode {episode}, return {total:.1f}, {length} steps")
-        raise
+def _evaluate(
+    agent: DecisionAgent,
+    environment_id: str,
+    target: float,
+    seed: int,
+    config: EvaluateConfig,
+    name: str,
+) -> Evaluation:
+    """Evaluate at one target behind a progress bar; if that fails, print what was finished."""
+    with tqdm(total=config.episodes, unit="episode", desc=f"{name} {target:g}", leave=False) as bar:
+        try:
+            return evaluate(
+                agent,
+                environment_id,
+                episodes=config.episodes,
+                target_return=target,
+                seed=seed,
+                num_envs=config.num_envs,
+                num_workers=config.num_workers,
+                timeout=config.timeout,
+                references=agent.references,
+                on_episode=lambda *_: bar.update(),
+            )
+        except EvaluationError as error:
+            for episode, (total, length) in error.finished.items():
+                print(f"finished: episode {episode}, return {total:.1f}, {length} steps")
+            raise
 
 
 def load_agent(
-    run: Path | str,
-    checkpoint: str,
-    environment: str | None,
-    refresh_every: int | None,
-    device: str,
+    run: Path | str, checkpoint: str, config: EvaluateConfig
 ) -> tuple[DecisionAgent, str]:
     """Load an agent and name the environment to run it in.
 
@@ -180,13 +161,13 @@ def load_agent(
     """
     if not Path(run).is_dir():
         raise ConfigError(f"{run} is not the folder of a run")
-    agent = DecisionAgent.load(run, checkpoint=checkpoint, device=choose_device(device))
+    agent = DecisionAgent.load(run, checkpoint=checkpoint, device=choose_device(config.device))
     if missing := {"step", "environment", "dataset"} - agent.info.keys():
         raise CheckpointError(f"the {checkpoint} checkpoint of {run} has no {min(missing)}")
-    if refresh_every is not None:
-        agent.refresh_every = refresh_every
+    if config.refresh_every is not None:
+        agent.refresh_every = config.refresh_every
     trained_for = agent.info["environment"]
-    environment = environment or trained_for
+    environment = config.environment or trained_for
     if environment is None:
         raise ConfigError("the data of this run names no environment: give --environment")
     sizes = agent.model.observation_size, agent.model.action_size
@@ -224,7 +205,7 @@ def _without_version(environment_id: str) -> str:
 
 def plot_asked_against_got(run: Path | str, *, lowest: float) -> None:
     """Ask the last checkpoint for returns from ``lowest`` to its target; draw what it gets."""
-    agent, environment = load_agent(run, "last", None, None, "cpu")
+    agent, environment = load_agent(run, "last", EvaluateConfig())
     seed = RunFolder(run).read_config().final_seed
     targets = np.linspace(lowest, agent.target_return, SWEEP_TARGETS)
     evaluations = [

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.export import TOLERANCE, export_agent
-from minrl.errors import ConfigError
 
 
 def export_command(
@@ -28,8 +27,6 @@ def export_command(
         recurrent: Export even an agent that acts from windows (refresh-every above 0), as if
             that were 0.
     """
-    if checkpoint not in ("last", "best"):
-        raise ConfigError(f"checkpoint must be last or best, not {checkpoint!r}")
     agent = DecisionAgent.load(run, checkpoint=checkpoint)
     if recurrent:
         agent.refresh_every = 0

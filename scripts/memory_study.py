@@ -236,11 +236,9 @@ def measure_updates(rounds: int = 5) -> dict[str, dict[str, float]]:
 
 def draw(curves: dict[str, dict[str, list]], path: Path) -> None:
     """Draw mean returns with their range over the seeds: against steps above, time below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(8.4, 3.6 * len(curves)), 6.4), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without a display, whatever the user's backend
     axes = figure.subplots(2, len(curves), squeeze=False)
     handles = {}
     for column, (task, cores) in enumerate(curves.items()):

@@ -60,11 +60,9 @@ def plot_target_vs_return(evaluations: Sequence[Evaluation], title: str, path: P
 
 
 def _subplots(count: int, title: str):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * count, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without a display, whatever the user's backend
     axes = figure.subplots(1, count, squeeze=False)[0]
     figure.suptitle(title, fontsize=10)
     for axis in axes:

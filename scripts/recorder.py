@@ -15,8 +15,9 @@ from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import StepReport, Trainer
 from minrl.data.episodes import DatasetInfo
 from minrl.data.windows import Batch
-from minrl.envs.evaluation import Evaluation, EvaluationError
+from minrl.envs.evaluation import Evaluation
 from minrl.envs.rollout import evaluate
+from minrl.errors import EvaluationError
 from minrl.scripts.machine import device_name
 from minrl.scripts.plots import plot_learning_curve
 from minrl.scripts.run_folder import Metrics, RunFolder

@@ -7,6 +7,7 @@ their last checkpoint, to the same weights.
 
 import time
 
+from minrl.cli import INTERRUPTED
 from minrl.scripts.study_grid import StudyConfig, runs_of
 from minrl.scripts.study_progress import Progress
 from minrl.scripts.study_ray import RayWorkers
@@ -15,7 +16,7 @@ from minrl.scripts.study_workers import LocalWorkers
 from minrl.scripts.train import interruption
 from minrl.scripts.train_config import TrainConfig
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 SECONDS_BETWEEN_LOOKS = 0.5
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from minrl.cli import INTERRUPTED
 from minrl.errors import CheckpointError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
 
-STOPPED = 130
 KEY = ("checkpoint", "step", "target_return")
 
 
@@ -118,7 +118,7 @@ def main() -> int:
     """Carry out the run described on standard input; return the exit status."""
     job = json.loads(sys.stdin.readline())
     stop_with_parent()
-    return 0 if carry_out(TrainConfig.from_json(job["config"]), job["threads"]) else STOPPED
+    return 0 if carry_out(TrainConfig.from_json(job["config"]), job["threads"]) else INTERRUPTED
 
 
 if __name__ == "__main__":

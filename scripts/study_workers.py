@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from minrl.scripts.study_run import STOPPED, log_of
+from minrl.cli import INTERRUPTED
+from minrl.scripts.study_run import log_of
 from minrl.scripts.train_config import TrainConfig
 
 LONGEST_LINE = 300  # characters
@@ -85,7 +86,7 @@ def problem_of(run: TrainConfig, status: int) -> str | None:
     if status == 0:
         return None
     line = last_line(log_of(run))
-    if status == STOPPED:
+    if status == INTERRUPTED:
         return f"ended before it was done; last line: {line}"
     if status > 0:
         return line

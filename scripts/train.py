@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,12 @@ from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, DatasetError
-from minrl.scripts.evaluate import check_environment, evaluate_run, plot_asked_against_got
+from minrl.scripts.evaluate import (
+    EvaluateConfig,
+    check_environment,
+    evaluate_run,
+    plot_asked_against_got,
+)
 from minrl.scripts.match_parameters import match_width
 from minrl.scripts.recorder import Recorder, circumstances, make_agent
 from minrl.scripts.run_folder import RunFolder
@@ -30,7 +36,7 @@ from minrl.scripts.train_config import TrainConfig, task_of
 HELD_OUT_BATCHES = 8
 
 
-def train(config: TrainConfig, resume: Path | None = None) -> Path:
+def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
     """Train a trajectory model on offline data, evaluate it, and leave a run folder.
 
     Args:
@@ -39,7 +45,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             except steps, device and final-episodes.
 
     Returns:
-        The run folder.
+        The run folder; None on the processes of ``torchrun`` that only compute.
     """
     config.check()
     with distributed_processes(config.device) as rank:
@@ -61,7 +67,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
                 restore(trainer, RunFolder(resume), episodes)
             while trainer.step_count < config.steps:
                 trainer.step_from(sampler)
-            return Path()
+            return None
         run = RunFolder(resume) if resume else RunFolder.create(config)
         with run.locked():
             losses, unevaluated = [], False
@@ -95,7 +101,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
 
 def evaluate_at_the_end(run: RunFolder, config: TrainConfig, episodes: Episodes) -> None:
     """Print and write down what the trained agent gets, for what it is asked for."""
-    evaluate_run(run.path, episodes=config.final_episodes)
+    evaluate_run(run.path, EvaluateConfig(episodes=config.final_episodes))
     lowest = float(np.quantile(episodes.returns, 0.05))
     plot_asked_against_got(run.path, lowest=lowest)
 
@@ -151,8 +157,12 @@ def build_model(config: TrainConfig, episodes: Episodes) -> TrajectoryModel:
     mean, std = observations.mean(0, dtype="float64"), observations.std(0, dtype="float64")
     model.observation_mean.copy_(torch.from_numpy(mean))
     model.observation_std.copy_(torch.from_numpy(std + 1e-6))
-    model.action_low.copy_(torch.tensor(info.action_low))
-    model.action_high.copy_(torch.tensor(info.action_high))
+    # Rounded inwards: the nearest float32 may be outside of a float64 bound.
+    low, high = np.float32(info.action_low), np.float32(info.action_high)
+    low = np.where(low < info.action_low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > info.action_high, np.nextafter(high, np.float32(-np.inf)), high)
+    model.action_low.copy_(torch.from_numpy(low))
+    model.action_high.copy_(torch.from_numpy(high))
     return model
 
 
@@ -252,11 +262,12 @@ def distributed_processes(device: str) -> Iterator[int]:
     if not dist.is_torchelastic_launched():
         yield 0
         return
+    backend = "gloo"
     if torch.cuda.is_available() and device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    # The others wait while the first makes the data and evaluates; torchrun ends them if it dies.
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
     try:
         yield dist.get_rank()
     finally:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"
 # share their start states.
 SELECTION_SEED, FINAL_SEED = 10_000, 20_000
 
-# Returns to ask for, in reward units (Decision Transformer, arXiv 2106.01345, appendix A).
+# Returns to ask for, in reward units (the Decision Transformer's code, gym/experiment.py).
 PAPER_TARGETS = {
     "hopper": (3600.0, 1800.0),
     "halfcheetah": (12000.0, 6000.0),
@@ -33,6 +34,10 @@ PAPER_TASKS = {
     ("walker2d", "medium"): (128, 1e-4),
 }
 PAPER_DEFAULT = (128, 1e-3)
+# The Decision Transformer's own, for all tasks (gym/experiment.py).
+PAPER_TRANSFORMER = (128, 1e-4)
+# Both papers' code leaves the embeddings of timesteps at nn.Embedding's N(0, 1).
+PAPER_TIMESTEP_STD = 1.0
 
 # What is usual with a backbone: Mamba's released code expands by 2, and who clones behaviour sees
 # the observation alone.
@@ -211,7 +216,8 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 def task_of(dataset: str) -> tuple[str | None, str | None]:
     """Return robot and level named in a dataset id: ("hopper", "medium-replay"), else None."""
-    robot = next((name for name in PAPER_TARGETS if name in dataset.lower()), None)
+    words = re.split(r"[^a-z0-9]+", dataset := dataset.lower())
+    robot = next((name for name in PAPER_TARGETS if name in words), None)
     level = next((x for x in ("medium-replay", "medium-expert", "medium") if x in dataset), None)
     return robot, level
 
@@ -226,9 +232,20 @@ def quick(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru
 
 
 def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru") -> TrainConfig:
-    """Return the published recipe: Decision Mamba's, width and rate by task."""
+    """Return the published recipe: Decision Mamba's, width and rate by task.
+
+    A transformer has the Decision Transformer's width and rate.
+    """
     width, learning_rate = PAPER_TASKS.get(task_of(dataset[0]), PAPER_DEFAULT)
-    model = ModelConfig(backbone, tokens="interleaved", width=width, dropout=0.1)
+    if backbone == "transformer":
+        width, learning_rate = PAPER_TRANSFORMER
+    model = ModelConfig(
+        backbone,
+        tokens="interleaved",
+        width=width,
+        dropout=0.1,
+        timestep_std=PAPER_TIMESTEP_STD,
+    )
     return TrainConfig(
         dataset=dataset,
         preset="paper",

@@ -15,7 +15,8 @@ class AttentionMixer(nn.Module):
     As in the Decision Transformer (arXiv 2106.01345) the tokens themselves carry the embedding of
     their timestep: there is no other sense of position. A stack of these sees further back than
     ``context``, through what the tokens in the window have seen; on sequences of at most
-    ``context`` tokens, as in training on windows, it is the paper's attention to the letter.
+    ``context`` tokens, as in training on windows, it is the paper's attention, but for its
+    dropout of attention weights in training.
 
     The state is the last keys and values, newest last, and how many of them are of this sequence:
     ((B, P, D), (B, P, D), (B, 1)) with P = context - 1, all of floating point.

@@ -135,6 +135,8 @@ class Backbone(nn.Module):
         **options,
     ):
         super().__init__()
+        if backbone not in MIXERS:
+            raise ValueError(f"backbone must be one of {', '.join(MIXERS)}, not {backbone!r}")
         make_mixer = MIXERS[backbone]
         self.input_size = self.hidden_size = width
         self.num_layers, self.batch_first = num_layers, batch_first
@@ -148,6 +150,7 @@ class Backbone(nn.Module):
             )
             for _ in range(num_layers)
         )
+        self._tensors_per_block = len(self.blocks[0].initial_state(1)) if num_layers else 0
 
     def initial_state(self, batch_size: int) -> State:
         """Return the learned state before a sequence starts: a tuple of (B, ...) tensors."""
@@ -185,7 +188,8 @@ class Backbone(nn.Module):
             The output of these steps, shaped like x, and the state after the last valid step.
 
         Raises:
-            ValueError: If x has another number of axes, or of features.
+            ValueError: If x has another number of axes, or of features, or the state is of another
+                backbone.
         """
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             raise ValueError(
@@ -219,7 +223,12 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, State]:
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        per_block = 0 if state is None else len(state) // len(self.blocks)
+        per_block = self._tensors_per_block
+        if state is not None and len(state) != per_block * len(self.blocks):
+            raise ValueError(
+                f"Backbone: Expected a state of {per_block * len(self.blocks)} tensors, got "
+                f"{len(state)}: it is of another backbone"
+            )
         after: State = ()
         for index, block in enumerate(self.blocks):
             before = None  # a new sequence: some mixers have a shorter way for these

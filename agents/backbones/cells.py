@@ -280,7 +280,7 @@ class MinGRU(_MinimalRNN):
         proj_size: Refused.
         device: As in any module.
         dtype: Likewise.
-        candidate: "g" keeps the state positive (the paper's), "identity" or "tanh"
+        candidate: "g" keeps a state positive that begins so (the paper's), "identity" or "tanh"
             (tanh: GILR, Martin & Cundy, arXiv 1709.04057).
         learn_initial_state: Whether the state before a sequence is a parameter rather than zero.
         memory: Steps that the last channel remembers at the start, the others fewer, down to two,

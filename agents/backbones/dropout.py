@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrl.agents.backbones.native import empty_like, load_kernels, run_parallel
+from minrl.agents.backbones.native import load_kernels, new_empty
 from minrl.agents.backbones.operators import define_operator, is_transformed
+from minrl.agents.backbones.threads import run_parallel
 
 KERNELS = "minrl.agents.backbones.dropout_kernels"
 
@@ -56,7 +57,7 @@ def _dropout(x: Tensor, key: Tensor, p: float) -> Tensor:
         kept = torch.rand(x.shape, generator=generator, dtype=x.dtype) >= p
         return torch.where(kept, x / (1 - p), 0.0)
     x, scale = x.contiguous(), x.new_full((1,), 1 / (1 - p))
-    y = empty_like(x, *x.shape)
+    y = new_empty(x, *x.shape)
     pointers = (tensor.data_ptr() for tensor in (x, y, scale))
     numbers = (number & 0xFFFFFFFF, number >> 32, min(round(p * 2**32), 2**32 - 1))
     run_parallel(kernels["dropout"], (*pointers, *numbers), x.numel(), least=WORTH_A_THREAD)

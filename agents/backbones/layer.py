@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minrl.agents.backbones.native import empty_like
+from minrl.agents.backbones.native import new_empty
 from minrl.agents.backbones.operators import (
     define_operator,
     differentiable_gradients,
@@ -137,8 +137,8 @@ def _forward(
     x, resets, mask = contiguous(x, resets, mask)
     last = initial_state.clone(memory_format=torch.contiguous_format)
     fresh = torch.zeros_like(last) if reset_state is None else reset_state.contiguous()
-    states, chunks = empty_like(x, *x.shape[:2], last.shape[1]), _chunks(x, batch_first)
-    packed = empty_like(x, *(x if learns else x[chunks[0][0]]).shape[:2], len(weight))
+    states, chunks = new_empty(x, *x.shape[:2], last.shape[1]), _chunks(x, batch_first)
+    packed = new_empty(x, *(x if learns else x[chunks[0][0]]).shape[:2], len(weight))
     backend = backend_of(x, gates, activation)
     for chunk, rows in chunks:
         inputs, resets_now, mask_now = _at(chunk, x, resets, mask)
@@ -176,7 +176,7 @@ def _backward(
     carry = grad_last.clone(memory_format=torch.contiguous_format)
     grad_reset = torch.zeros_like(carry)
     fresh = torch.zeros_like(carry) if reset_state is None else reset_state.contiguous()
-    grad_x = empty_like(x, *(x.shape if by_input else (0,)))
+    grad_x = new_empty(x, *(x.shape if by_input else (0,)))
     grad_weight, grad_bias = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
     chunks, backend = _chunks(x, batch_first), backend_of(x, gates, activation)
     room = torch.empty_like(packed[chunks[0][0]])

@@ -18,7 +18,8 @@ class MambaMixer(nn.Module):
     """The selective SSM of Mamba (Gu & Dao, arXiv 2312.00752, algorithm 2 and section 3.4).
 
     Names, shapes and initial values of the parameters are those of ``mamba_ssm.Mamba``, whose
-    ``state_dict`` can be loaded. With B by Euler's rule, as there.
+    ``state_dict`` can be loaded. With B by Euler's rule, as there. Our trainer's weight decay knows
+    no exceptions; Mamba's own training leaves out ``A_log`` and ``D``.
 
     Args:
         width: D, features in and out.

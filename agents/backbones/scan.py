@@ -77,8 +77,14 @@ def gated_scan(
         mask=mask,
     )
     if initial_state is not None:
-        initial_state = initial_state.to(dtype).expand(batch, width)
+        if initial_state.shape != (batch, width):
+            given = tuple(initial_state.shape)
+            raise ValueError(f"initial_state must be {(batch, width)}, not {given}")
+        initial_state = initial_state.to(dtype)
     if reset_state is not None:
+        if reset_state.shape not in ((width,), (batch, width)):
+            given = tuple(reset_state.shape)
+            raise ValueError(f"reset_state must be {(width,)} or {(batch, width)}, not {given}")
         reset_state = reset_state.to(dtype).expand(batch, width)
     if batch == 0:
         states = projected[..., :width]

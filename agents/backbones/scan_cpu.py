@@ -6,7 +6,8 @@ Same arguments and results as :mod:`minrl.agents.backbones.scan_torch`, but floa
 import torch
 from torch import Tensor
 
-from minrl.agents.backbones.native import empty_like, load_kernels, run_parallel
+from minrl.agents.backbones.native import load_kernels, new_empty
+from minrl.agents.backbones.threads import run_parallel
 
 KERNELS = "minrl.agents.backbones.scan_cpu_kernels"
 
@@ -33,7 +34,7 @@ def scan_forward(
     """Return all states and the last one; see :func:`scan_torch.scan_forward`."""
     batch, width = initial_state.shape
     if out is None:
-        states = empty_like(projected, *projected.shape[:2], width)
+        states = new_empty(projected, *projected.shape[:2], width)
         out = states, torch.empty_like(initial_state)
     kernel = load_kernels(KERNELS, gates, activation)["forward"]
     pointers = _pointers(projected, initial_state, reset_state, resets, mask, *out)
@@ -58,7 +59,7 @@ def scan_backward(
     """Return the gradients; see :func:`scan_torch.scan_backward`."""
     batch, width = initial_state.shape
     if out is None:
-        grad_projected = empty_like(projected, *projected.shape)
+        grad_projected = new_empty(projected, *projected.shape)
         out = grad_projected, torch.empty_like(grad_last), torch.zeros_like(initial_state)
     grad_projected, carry, grad_reset = out
     if carry is not grad_last:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minrl.agents.backbones.native import empty_like, load_kernels, run_parallel
+from minrl.agents.backbones.native import load_kernels, new_empty
 from minrl.agents.backbones.operators import (
     define_operator,
     differentiable_gradients,
@@ -26,6 +26,7 @@ from minrl.agents.backbones.operators import (
 )
 from minrl.agents.backbones.scan import check_arguments, gated_scan
 from minrl.agents.backbones.scan_operator import contiguous
+from minrl.agents.backbones.threads import run_parallel
 
 KERNELS = "minrl.agents.backbones.selective_scan_kernels"
 
@@ -177,7 +178,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the last state, and all states, which the backward pass needs."""
     given = tuple(contiguous(x, delta, rates, enter, read, state, resets, mask))
-    y, states = empty_like(x, *x.shape), empty_like(x, *x.shape[:2], *rates.shape)
+    y, states = new_empty(x, *x.shape), new_empty(x, *x.shape[:2], *rates.shape)
     _run("forward", (*given, y, states), resets, mask, x, rates)
     return y, states[:, -1].clone(), states
 
@@ -200,9 +201,9 @@ def _backward(
     nothing = torch.zeros_like(rates, memory_format=torch.contiguous_format)
     others = contiguous(states, resets, mask, grad_y)
     carry = grad_last.clone(memory_format=torch.contiguous_format)
-    grad_x, grad_delta = empty_like(x, *x.shape), empty_like(x, *x.shape)
+    grad_x, grad_delta = new_empty(x, *x.shape), new_empty(x, *x.shape)
     grad_rates = torch.zeros_like(carry)  # of each sequence, by its own thread
-    grad_enter, grad_read = empty_like(x, *enter.shape), empty_like(x, *read.shape)
+    grad_enter, grad_read = new_empty(x, *enter.shape), new_empty(x, *read.shape)
     grads = (carry, grad_x, grad_delta, grad_rates, grad_enter, grad_read)
     _run("backward", (*given, nothing, *others, *grads), resets, mask, x, rates)
     return grad_x, grad_delta, grad_rates.sum(0), grad_enter, grad_read, carry

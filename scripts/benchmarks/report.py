@@ -135,12 +135,10 @@ def size(count: float) -> str:
 def draw(panels: Sequence[Panel], title: str, axes: tuple[str, str], path: Path) -> bool:
     """Draw the panels side by side on logarithmic axes; False if there is no matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without a display, whatever the user's backend
     figure.suptitle(title, fontsize=10)
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in panel.lines.items():

@@ -210,8 +210,6 @@ def evaluate_as_minrl_train(
         episodes: The data, which says what scores 0 and 100.
         targets: Returns to ask for.
     """
-    lowest, highest = episodes.info.reference_min, episodes.info.reference_max
-    references = None if lowest is None or highest is None else (lowest, highest)
     lines = []
     for target in targets:
         with tqdm(total=config.final_episodes, unit="episode", leave=False) as bar:
@@ -221,7 +219,7 @@ def evaluate_as_minrl_train(
                 episodes=config.final_episodes,
                 target_return=target,
                 seed=FINAL_SEED + config.seed,
-                references=references,
+                references=episodes.info.references,
                 on_episode=lambda *_, bar=bar: bar.update(),
             )
         asked = "" if target is None else f" asked for {target:g}"

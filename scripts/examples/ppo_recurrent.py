@@ -125,7 +125,7 @@ def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
     if name == "backbone":
         # With a short convolution, as in the papers: gates that look at the input alone cannot tell
         # what came four steps ago from what came three.
-        core = Backbone(size, num_layers, convolution=4)
+        core = Backbone(size, num_layers, convolution=4, batch_first=False)
         cells = [block.mixer.cell for block in core.blocks]
     else:
         cell = {"gru": nn.GRU, "lstm": nn.LSTM, "mingru": MinGRU, "minlstm": MinLSTM}[name]
@@ -207,9 +207,6 @@ class Agent(nn.Module):
         """Run the core over (T, B, H); `dones[t]` says that `hidden[t]` starts an episode."""
         if isinstance(self.core, (nn.GRU, nn.LSTM)):
             return loop_over_time(self.core, hidden, state, dones)
-        if isinstance(self.core, Backbone):  # (B, T, H)
-            output, state = self.core(hidden.transpose(0, 1), state, resets=dones.T)
-            return output.transpose(0, 1), state
         return self.core(hidden, state, resets=dones)
 
     def forward(
@@ -244,7 +241,10 @@ class Collector:
 
     def __init__(self, environments: gym.vector.VectorEnv, agent: Agent, config: Config):
         self.environments, self.agent, self.config = environments, agent, config
-        observation, _ = environments.reset(seed=config.seed)
+        # One number for all would be counted up from environment to environment, and neighbouring
+        # runs would share most of theirs.
+        seeds = np.random.SeedSequence(config.seed).generate_state(config.num_envs)
+        observation, _ = environments.reset(seed=seeds.tolist())
         self.observation = torch.as_tensor(observation, dtype=torch.float32)
         self.done = torch.ones(config.num_envs, dtype=torch.bool)
         self.state = agent.initial_state(config.num_envs)

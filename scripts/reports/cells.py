@@ -9,6 +9,10 @@ from minrl.scripts.benchmarks.report import duration as plain_duration
 
 MISSING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+NOT_WIDENED = (
+    "The intervals are not widened for how many there are: of twenty, one may leave out zero by "
+    "chance."
+)
 OUTSIDE = "\N{NO-BREAK SPACE}\N{DAGGER}"  # behind the name of other people's agents
 
 
@@ -128,6 +132,14 @@ def with_interval(
         return Cell(MISSING)
     interval = values[f"{key}_interval"]
     return Cell(f"{values[key]:.1f}", span(*interval) if interval else "", **(marks or {}))
+
+
+def difference_cell(difference: float, interval: tuple[float, float] | None) -> Cell:
+    """Return the cell of a difference with its interval below, bold if that leaves out zero."""
+    if interval is None:
+        return Cell(f"{difference:+.1f}")
+    low, high = interval
+    return Cell(f"{difference:+.1f}", span(low, high, "+.1f"), bold=low > 0 or high < 0)
 
 
 def span(low: float, high: float, form: str = ".1f") -> str:

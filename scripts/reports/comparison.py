@@ -97,7 +97,12 @@ def _compare(
             values["seeds_at_most"] = max(len(table[name, task]) for task in common)
         if checkpoint == "last":
             comparison["profiles"] = _profiles(by_method)
-            comparison["improvement"] = _improvements(by_method)
+            by_name = {
+                name: {task: of[task] for task in common if task in of}
+                for name in by_method
+                for of in [_by_task(cells, name)]
+            }
+            comparison["improvement"] = _improvements(by_method, by_name)
     return comparison
 
 
@@ -128,7 +133,10 @@ def _profiles(by_method: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     return {"thresholds": thresholds, "lines": lines}
 
 
-def _improvements(by_method: dict[str, list[np.ndarray]]) -> list[dict[str, Any]]:
+def _improvements(
+    by_method: dict[str, list[np.ndarray]], by_name: dict[str, dict[int, dict]]
+) -> list[dict[str, Any]]:
+    """Compare ours with the others: chances to be better, and differences by task and seed."""
     return [
         {
             "method": own,
@@ -137,10 +145,13 @@ def _improvements(by_method: dict[str, list[np.ndarray]]) -> list[dict[str, Any]
             "interval": bootstrap_interval(
                 probability_of_improvement, by_method[own], by_method[rival]
             ),
+            "difference": pairs["difference"],
+            "difference_interval": pairs["interval"],
         }
         for own in OURS
         for rival in by_method
         if own in by_method and rival != own and not (rival in OURS and rival < own)
+        for pairs in [_pairs(by_name[own], by_name[rival])]
     ]
 
 

@@ -24,6 +24,7 @@ from minrl.scripts.reports.published import PUBLISHED
 from minrl.scripts.reports.score_tables import (
     CHECKPOINTS,
     asked_table,
+    difference_table,
     improvement_table,
     overview,
     score_table,
@@ -99,7 +100,8 @@ def sections_of(study: dict[str, Any], figures: Sequence[str]) -> list[Section]:
     scores.parts = [score_table(study, checkpoint) for checkpoint in CHECKPOINTS]
     statistics = Section("statistics", "Comparing methods", [_statistics_text(study)])
     if not has_single_seed(study):
-        statistics.parts = [*pictures("profiles"), *_some(improvement_table(study))]
+        tables = [*_some(difference_table(study)), *_some(improvement_table(study))]
+        statistics.parts = [*pictures("profiles"), *tables]
     learning = Section("curves", "Learning curves")
     learning.parts = pictures("curves-steps", "curves-seconds")
     asked = Section("asked", "Return asked for, return got")

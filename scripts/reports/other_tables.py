@@ -4,15 +4,16 @@ from typing import Any
 
 from minrl.scripts.reports.cells import (
     MISSING,
+    NOT_WIDENED,
     Cell,
     Table,
+    difference_cell,
     duration,
     heads_of,
     machine,
     method_cell,
     number,
     ratio,
-    span,
 )
 from minrl.scripts.reports.published import TASKS, PublishedTable
 
@@ -69,6 +70,7 @@ def ablation_table(study: dict[str, Any]) -> Table | None:
         "Last checkpoints at the first target, in percent, over the runs that have the same task "
         "and seed in both; with the 95 % interval of the mean over tasks of these differences "
         "(Student's t, Welch-Satterthwaite), if each task has two pairs. Bold: it leaves out zero. "
+        f"{NOT_WIDENED} "
         "Training time (median step) and parameters as multiples of the baseline's."
     )
     return Table("", heads, rows, [note]) if rows else None
@@ -77,10 +79,7 @@ def ablation_table(study: dict[str, Any]) -> Table | None:
 def _difference_cell(row: dict[str, Any]) -> Cell:
     if row["difference"] is None:
         return Cell(MISSING, "no run to pair with")
-    if row["interval"] is None:
-        return Cell(f"{row['difference']:+.1f}")
-    low, high = row["interval"]
-    return Cell(f"{row['difference']:+.1f}", span(low, high, "+.1f"), bold=low > 0 or high < 0)
+    return difference_cell(row["difference"], row["interval"])
 
 
 def published_table(published: PublishedTable) -> Table:

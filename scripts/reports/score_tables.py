@@ -1,15 +1,18 @@
 """The tables of scores: all at a glance, by task, against rivals, by the return asked for."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from minrl.scripts.reports.cells import (
     MISSING,
+    NOT_WIDENED,
     OUTSIDE,
     Cell,
     Table,
     clock,
     counted,
+    difference_cell,
     duration,
     has_single_seed,
     heads_of,
@@ -234,19 +237,7 @@ def improvement_table(study: dict[str, Any]) -> Table | None:
 
     Outside agents that lack tasks are compared over those that they have.
     """
-    by_pair: dict[tuple[str, str], dict[str, Any]] = {}
-    for comparison in study["comparisons"]:
-        for row in comparison["improvement"]:
-            of = {
-                "tasks": counted(comparison["tasks"], "task"),
-                "narrow": _how_narrow(comparison, 1),
-            }
-            by_pair.setdefault((row["method"], row["rival"]), row | of)
-    rivals = {rival: by_pair[own, rival]["tasks"] for own, rival in by_pair}
-    rows = []
-    for own in dict.fromkeys(own for own, _ in by_pair):
-        cells = [_improvement_cell(by_pair.get((own, rival))) for rival in rivals]
-        rows.append([method_cell(study, own), *cells])
+    by_pair = _by_pair(study)
     note = (
         "The chance that a run of the method on the left scores more than one of the rival above "
         "it on the same task: last checkpoints, averaged over tasks; 0.5 is a draw. With bootstrap "
@@ -254,9 +245,57 @@ def improvement_table(study: dict[str, Any]) -> Table | None:
         f"{' '.join(dict.fromkeys(row['narrow'] for row in by_pair.values()))} Bold: the whole "
         "interval is on one side of 0.5."
     )
+    return _pair_table(study, by_pair, "Probability of improvement", _improvement_cell, note)
+
+
+def difference_table(study: dict[str, Any]) -> Table | None:
+    """Return how much more ours score than the rivals, by task and seed."""
+    note = (
+        "How much more the method on the left scores than the one above it: last checkpoints, the "
+        "mean over tasks of the differences of runs with the same seed, with its 95 % interval "
+        "(Student's t, Welch-Satterthwaite). Bold: it leaves out zero. "
+        f"{NOT_WIDENED}"
+    )
+    return _pair_table(study, _by_pair(study), "Differences of scores", _difference_cell, note)
+
+
+Pairs = dict[tuple[str, str], dict[str, Any]]
+
+
+def _by_pair(study: dict[str, Any]) -> Pairs:
+    """Return what compares ours with a rival, over the most tasks that they have in common."""
+    by_pair: Pairs = {}
+    for comparison in study["comparisons"]:
+        for row in comparison["improvement"]:
+            of = {
+                "tasks": counted(comparison["tasks"], "task"),
+                "narrow": _how_narrow(comparison, 1),
+            }
+            by_pair.setdefault((row["method"], row["rival"]), row | of)
+    return by_pair
+
+
+def _pair_table(
+    study: dict[str, Any],
+    by_pair: Pairs,
+    title: str,
+    cell_of: Callable[[dict[str, Any] | None], Cell],
+    note: str,
+) -> Table | None:
+    """Return a table with a row for each of ours and a column for each rival."""
+    rivals = {rival: by_pair[own, rival]["tasks"] for own, rival in by_pair}
+    rows = [
+        [method_cell(study, own), *(cell_of(by_pair.get((own, rival))) for rival in rivals)]
+        for own in dict.fromkeys(own for own, _ in by_pair)
+    ]
     heads = [Cell(method_cell(study, rival).text, tasks) for rival, tasks in rivals.items()]
-    title = "Probability of improvement"
     return Table(title, [Cell("method"), *heads], rows, [note]) if rows else None
+
+
+def _difference_cell(row: dict[str, Any] | None) -> Cell:
+    if row is None or row["difference"] is None:
+        return Cell(MISSING)
+    return difference_cell(row["difference"], row["difference_interval"])
 
 
 def _improvement_cell(row: dict[str, Any] | None) -> Cell:

@@ -17,7 +17,7 @@ from minrl.scripts.reports.protocol import describe_protocol
 from minrl.scripts.reports.statistics import student_interval
 
 CHECKPOINTS = ("last", "best")
-FORMAT = 3
+FORMAT = 4
 
 
 def summarise(

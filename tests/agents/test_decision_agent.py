@@ -12,7 +12,7 @@ from minrl import DecisionAgent, TrajectoryModel
 from minrl.agents.step_policy import LARGEST
 from minrl.agents.trajectory import ModelConfig
 from minrl.envs.make import make_env
-from minrl.errors import CheckpointError
+from minrl.errors import CheckpointError, ConfigError
 
 KINDS = {
     "joint": {"tokens": "joint"},
@@ -110,6 +110,22 @@ def test_resetting_rows_makes_fresh_agents_of_them_and_leaves_the_others_alone(k
             later = np.flatnonzero(resets[start + 1 :, row])
             end = start + 1 + later[0] if len(later) else 16
             assert np.array_equal(actions[start:end, row], expected[: end - start, row])
+
+
+def test_another_way_to_act_is_checked_and_begins_with_the_next_episodes():
+    observations, rewards = make_episode(8)
+    windowed = act_through(make_agent(refresh_every=1, context=3), observations, rewards)
+    agent = make_agent(refresh_every=1, context=3)
+    for t in range(8):
+        if t == 4:
+            agent.refresh_every = 0
+        actions = agent.act(observations[t], rewards[t - 1] if t else None)
+        assert np.array_equal(actions, windowed[t])
+    agent.reset()
+    recurrent = act_through(make_agent(), observations, rewards)
+    assert np.array_equal(act_through(agent, observations, rewards), recurrent)
+    with pytest.raises(ConfigError, match="refresh_every must be a whole number from 0, not -3"):
+        agent.refresh_every = -3
 
 
 def test_each_environment_asks_for_its_own_return():

@@ -9,7 +9,7 @@ from random_batches import make_batch
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
-from minrl.errors import CheckpointError
+from minrl.errors import CheckpointError, ConfigError
 
 
 def make_trainer(
@@ -139,6 +139,8 @@ def test_action_dropout_hides_previous_actions_in_training_only():
 )
 def test_impossible_values_are_named_with_their_range(field, value):
     (problem,) = OptimizationConfig(**{field: value}).problems()
+    with pytest.raises(ConfigError, match=field):
+        Trainer(torch.nn.Linear(1, 1), OptimizationConfig(**{field: value}), total_steps=1)
     assert problem.startswith(f"{field} must")
     assert str(value) in problem
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from minrl.agents.losses import masked_action_loss
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.errors import ConfigError
 
 KINDS = {
     "interleaved": {"tokens": "interleaved"},
@@ -211,5 +212,7 @@ def test_one_step_changes_every_parameter_that_is_used(kind):
 )
 def test_impossible_values_are_named_with_their_range(field, value):
     (problem,) = ModelConfig(**{field: value}).problems()
+    with pytest.raises(ConfigError, match=field):
+        TrajectoryModel(3, 2, ModelConfig(**{field: value}))
     assert problem.startswith(f"{field} must be")
     assert str(value) in problem

@@ -9,8 +9,8 @@ import torch
 from gymnasium import spaces
 
 from minrl.envs.make import make_env
-from minrl.envs.rollout import EvaluationError, evaluate
-from minrl.errors import EnvError
+from minrl.envs.rollout import evaluate
+from minrl.errors import EnvError, EvaluationError
 
 
 class CountingController:

@@ -13,7 +13,7 @@ from faulty_environment import Faulty, Steady
 
 from minrl import DecisionAgent, evaluate, load_dataset
 from minrl.agents.trajectory import ModelConfig
-from minrl.envs.rollout import EvaluationError
+from minrl.errors import EvaluationError
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
 

@@ -19,8 +19,8 @@ from processes import marked_processes, wait_until_gone
 from minrl import DecisionAgent, TrajectoryModel, cli
 from minrl.agents.trajectory import ModelConfig
 from minrl.envs import workers
-from minrl.envs.rollout import EvaluationError, evaluate
-from minrl.errors import EnvError
+from minrl.envs.rollout import evaluate
+from minrl.errors import EnvError, EvaluationError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import quick
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from faulty_environment import Faulty, Steady
 
-from minrl.envs.rollout import EvaluationError, evaluate
-from minrl.errors import EnvError
+from minrl.envs.rollout import evaluate
+from minrl.errors import EnvError, EvaluationError
 
 slow = pytest.mark.slow
 pytestmark = [

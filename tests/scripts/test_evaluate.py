@@ -1,4 +1,6 @@
 import re
+import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -7,7 +9,7 @@ from small_runs import make_config
 
 from minrl.agents.checkpoint import CheckpointFolder
 from minrl.errors import CheckpointError, ConfigError, EnvError
-from minrl.scripts.evaluate import check_environment, evaluate_run
+from minrl.scripts.evaluate import EvaluateConfig, check_environment, evaluate_command, evaluate_run
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 
@@ -15,7 +17,7 @@ from minrl.scripts.train import train
 def test_evaluating_in_another_environment_is_refused(finished):
     for other in ("Walker2d-v5", "Reacher-v5"):
         with pytest.raises(ConfigError, match=r"checkpoint is from Hopper-v5 \(11 observations"):
-            evaluate_run(finished, episodes=1, environment=other)
+            evaluate_run(finished, EvaluateConfig(episodes=1, environment=other))
     with pytest.raises(ConfigError, match="the data is from HalfCheetah-v5"):  # of the same sizes
         check_environment("Walker2d-v5", (17, 6), "HalfCheetah-v5", "the data")
     check_environment("HalfCheetah-v4", (17, 6), "HalfCheetah-v5", "the data")
@@ -46,7 +48,17 @@ def test_environments_without_a_version_or_a_time_limit(monkeypatch):
 )
 def test_impossible_evaluations_are_named(finished, options, message):
     with pytest.raises(ConfigError, match=message):
-        evaluate_run(finished, **{"episodes": 1, **options})
+        evaluate_run(finished, EvaluateConfig(**{"episodes": 1, **options}))
+
+
+def test_a_video_that_cannot_be_written_is_refused_before_an_evaluation(finished, monkeypatch):
+    evaluations = RunFolder(finished).read_evaluations()
+    with pytest.raises(EnvError, match="must end in"):
+        evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.avi"))
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(EnvError, match="imageio-ffmpeg"):
+        evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.MP4"))
+    assert RunFolder(finished).read_evaluations() == evaluations
 
 
 def test_evaluating_without_a_sound_checkpoint_is_an_error(hopper_id, tmp_path):
@@ -58,12 +70,15 @@ def test_evaluating_without_a_sound_checkpoint_is_an_error(hopper_id, tmp_path):
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(CheckpointError, match="no sound checkpoint"),
     ):
-        evaluate_run(path, episodes=1)
+        evaluate_run(path, EvaluateConfig(episodes=1))
 
 
 def test_evaluation_does_not_depend_on_how_many_environments_step_together(finished):
     results = [
-        evaluate_run(finished, episodes=4, checkpoint="last", targets=(900.0,), num_envs=number)
+        evaluate_run(
+            finished,
+            EvaluateConfig(episodes=4, checkpoint="last", targets=(900.0,), num_envs=number),
+        )
         for number in (1, 3, None)
     ]
     for (evaluation,) in results[1:]:
@@ -72,7 +87,7 @@ def test_evaluation_does_not_depend_on_how_many_environments_step_together(finis
 
 
 def test_best_and_last_are_both_reported_and_named(finished, capsys):
-    evaluate_run(finished, episodes=2)
+    evaluate_run(finished, EvaluateConfig(episodes=2))
     output = capsys.readouterr().out
     steps = {
         name: re.search(rf"^{name}\s+(\d+)", output, re.M).group(1) for name in ("last", "best")
@@ -85,6 +100,6 @@ def test_best_and_last_are_both_reported_and_named(finished, capsys):
 def test_by_default_the_final_episodes_are_played_again(hopper_id, tmp_path):
     path = train(make_config(hopper_id, tmp_path / "run", seed=3))
     final = RunFolder(path).read_evaluations()
-    evaluate_run(path, episodes=2)
+    evaluate_run(path, EvaluateConfig(episodes=2))
     assert {row["seed"] for row in final} == {20_003}
     assert RunFolder(path).read_evaluations() == final

@@ -12,9 +12,9 @@ import pytest
 import torch
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.registration import EnvSpec
-from small_runs import SMALL, losses_of, make_config, weights_of
+from small_runs import losses_of, make_config, weights_of
 
-from minrl import DecisionAgent
+from minrl import DecisionAgent, cli
 from minrl.agents.training import OptimizationConfig
 from minrl.agents.trajectory import ModelConfig
 from minrl.data.minari_source import load_dataset
@@ -225,30 +225,33 @@ def test_wrong_input_names_the_field_and_leaves_nothing(case, hopper_id, tmp_pat
 
 
 @pytest.mark.integration
-def test_torchrun_gives_the_loss_curve_of_one_process(hopper_id, tmp_path):
-    model = dataclasses.replace(SMALL, dropout=0.0)
-    options = {"model": model, "eval_episodes": 0, "final_episodes": 0, "log_every": 1, "steps": 6}
-    train(make_config(hopper_id, tmp_path / "one", **options))
-    config = make_config(hopper_id, tmp_path / "two", **options)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import json, sys\n"
-        "from minrl.scripts.train import train\n"
-        "from minrl.scripts.train_config import TrainConfig\n"
-        "train(TrainConfig.from_json(json.load(open(sys.argv[1]))))\n"
-    )
+def test_torchrun_trains_as_one_process_does_and_evaluates_at_the_end(hopper_id, tmp_path):
+    arguments = ["train", "--dataset", hopper_id, "--device", "cpu"]
+    for flag, value in {
+        "width": 16,
+        "num-layers": 1,
+        "steps": 6,
+        "batch-size": 8,
+        "log-every": 1,
+        "eval-episodes": 0,
+        "final-episodes": 2,
+    }.items():
+        arguments += [f"--{flag}", str(value)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([*arguments, "--run-dir", str(one)]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launch, str(program), str(tmp_path / "config.json")],
+        [*launch, "-m", "minrl.cli", *arguments, "--run-dir", str(two)],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
-    assert one.keys() == two.keys()
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
-    together = weights_of(tmp_path / "two")
-    for name, value in weights_of(tmp_path / "one").items():
+    assert len(RunFolder(two).read_evaluations()) == len(RunFolder(one).read_evaluations())
+    losses, others = losses_of(one), losses_of(two)
+    assert losses.keys() == others.keys()
+    np.testing.assert_allclose(list(others.values()), list(losses.values()), rtol=1e-5)
+    together = weights_of(two)
+    for name, value in weights_of(one).items():
         torch.testing.assert_close(together[name], value, atol=1e-5, rtol=1e-4)

@@ -8,7 +8,7 @@ from minrl.agents.backbones.blocks import MIXERS
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
 from minrl.errors import ConfigError
 from minrl.scripts.match_parameters import count_parameters, match_width
-from minrl.scripts.train_config import PRESETS, TrainConfig, paper, quick
+from minrl.scripts.train_config import PRESETS, TrainConfig, paper, quick, task_of
 
 
 def test_presets_are_the_published_recipes():
@@ -27,6 +27,14 @@ def test_presets_are_the_published_recipes():
         assert (config.context, config.batch_size, config.model.num_layers) == (20, 64, 3)
         assert (config.model.dropout, config.optimization.weight_decay) == (0.1, 1e-4)
         config.check()
+
+
+def test_tasks_are_whole_words_of_an_id():
+    assert task_of("d4rl/Hopper/medium-replay-v2") == ("hopper", "medium-replay")
+    assert task_of("Walker2d-v5") == ("walker2d", None)
+    assert task_of("me/my_halfcheetah/medium-v0") == ("halfcheetah", "medium")
+    assert task_of("me/grasshopper/random-v0") == (None, None)
+    assert paper(("me/grasshopper/random-v0",)).targets == ()
 
 
 def test_configuration_survives_its_json():

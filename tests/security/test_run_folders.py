@@ -9,7 +9,7 @@ from minrl import cli
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
 from minrl.errors import CheckpointError, ConfigError
-from minrl.scripts.evaluate import evaluate_run
+from minrl.scripts.evaluate import EvaluateConfig, evaluate_run
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TrainConfig
 
@@ -142,4 +142,4 @@ def test_a_checkpoint_that_is_not_that_of_a_run_is_not_evaluated(run, missing):
     agent = DecisionAgent(model, target_return=1.0, info=info)
     run.checkpoints.save(1, model.state_dict(), agent.header(), {})
     with pytest.raises(CheckpointError, match=f"the last checkpoint of .* has no {missing}"):
-        evaluate_run(run.path, episodes=1, targets=(1.0,))
+        evaluate_run(run.path, EvaluateConfig(episodes=1, targets=(1.0,)))

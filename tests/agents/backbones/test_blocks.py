@@ -238,6 +238,14 @@ def test_an_input_of_another_shape_is_refused(shape):
         Backbone(WIDTH)(torch.zeros(shape))
 
 
+def test_unknown_backbones_and_states_of_others_are_refused():
+    with pytest.raises(ValueError, match=r"backbone must be one of mingru.*not 'foo'"):
+        Backbone(8, backbone="foo")
+    state = Backbone(8, num_layers=4).initial_state(2)
+    with pytest.raises(ValueError, match="Expected a state of 2 tensors, got 4"):
+        Backbone(8, num_layers=2)(torch.zeros(2, 3, 8), state)
+
+
 def test_a_backbone_says_what_wrappers_ask_a_recurrent_layer():
     backbone = Backbone(WIDTH, 2)
     assert (backbone.input_size, backbone.hidden_size, backbone.num_layers) == (WIDTH, WIDTH, 2)

@@ -65,8 +65,13 @@ def test_activation_checkpointing_gives_the_same_gradients():
         ({"gates": "gru"}, "gates must be one of"),
         ({"activation": "relu"}, "activation must be one of"),
         ({"initial_state": torch.zeros(2, 5, device="meta")}, "initial_state is on meta"),
+        ({"initial_state": torch.zeros(1, 5)}, r"initial_state must be \(2, 5\), not \(1, 5\)"),
+        (
+            {"reset_state": torch.zeros(3, 5)},
+            r"reset_state must be \(5,\) or \(2, 5\), not \(3, 5\)",
+        ),
     ],
-    ids=["transposed resets", "float mask", "wrong parts", "gates", "activation", "device"],
+    ids=lambda value: "" if isinstance(value, dict) else value[:25],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

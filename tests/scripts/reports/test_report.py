@@ -14,7 +14,7 @@ from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.native_step import native_step
 from minrl.agents.step_policy import StepPolicy
 from minrl.errors import ConfigError
-from minrl.scripts.evaluate import evaluate_run
+from minrl.scripts.evaluate import EvaluateConfig, evaluate_run
 from minrl.scripts.report import make_report, read_report, report, write_report
 from minrl.scripts.reports.cells import MISSING, mark_best
 from minrl.scripts.reports.collect import find_runs
@@ -63,7 +63,7 @@ def trained(hopper_id, tmp_path_factory):
         run_dir=tmp_path_factory.mktemp("runs") / "mingru-s0",
     )
     train(config)
-    evaluate_run(config.run_dir, episodes=2)
+    evaluate_run(config.run_dir, EvaluateConfig(episodes=2))
     return config.run_dir
 
 

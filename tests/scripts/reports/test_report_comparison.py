@@ -3,7 +3,7 @@ import pytest
 
 from minrl.scripts.reports.collect import find_runs
 from minrl.scripts.reports.methods import name_methods
-from minrl.scripts.reports.score_tables import overview
+from minrl.scripts.reports.score_tables import difference_table, overview
 from minrl.scripts.reports.summary import summarise
 
 HOPPER, WALKER = "minrl/hopper/medium-v0", "minrl/walker2d/medium-v0"
@@ -59,8 +59,24 @@ def test_aggregates_are_over_the_tasks_and_as_many_seeds_of_each(rivals, tmp_pat
     (row,) = comparison["improvement"]
     pairs = [50 > 55, 60 > 55], [30 > 20, 40 > 20]
     assert row["probability"] == pytest.approx(np.mean([np.mean(pair) for pair in pairs]))
+    # By task and seed: -5 and 15 on one task, 10 on the other, where a single pair has no spread.
+    assert row["difference"] == pytest.approx((5.0 + 10.0) / 2)
+    assert row["difference_interval"] is None
     notes = overview(study | {"latency": None}).notes
     assert [note for note in notes if "of gru only the first 1 seed of each task" in note]
+
+
+def test_differences_have_an_interval_where_each_task_has_two_pairs(write_run, tmp_path):
+    for backbone, scores in (("mingru", (50.0, 60.0)), ("gru", (55.0, 45.0))):
+        for seed, score in enumerate(scores):
+            write_run(f"{backbone}-s{seed}", constant(score), backbone=backbone, seed=seed)
+    study = study_of(tmp_path)
+    (row,) = study["comparisons"][0]["improvement"]
+    # Student's t of one degree of freedom, of the differences -5 and 15.
+    half = 12.7062 * np.std([-5.0, 15.0], ddof=1) / np.sqrt(2)
+    assert row["difference_interval"] == pytest.approx([5.0 - half, 5.0 + half], rel=1e-4)
+    (cell,) = difference_table(study).rows[0][1:]
+    assert (cell.text, cell.below, cell.bold) == ("+5.0", "-122.1 to +132.1", False)
 
 
 def test_methods_are_compared_over_the_tasks_that_all_have(rivals, write_run, tmp_path):
