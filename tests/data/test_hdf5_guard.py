@@ -1,6 +1,9 @@
 """The guarded reader of HDF5: what it allows, it reads as h5py does."""
 
 import itertools
+import os
+import zlib
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -119,5 +122,61 @@ def test_reading_goes_on_when_the_file_is_reopened(tmp_path, monkeypatch):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         for number in range(30):
             file[f"{number}/x"] = number
+    opened, open_ = [], GuardedFile._open
+    monkeypatch.setattr(GuardedFile, "_open", lambda file: opened.append(1) or open_(file))
     with GuardedFile(tmp_path / "a.hdf5") as file:
         assert [int(file.read(f"{number}/x")) for number in range(30)] == list(range(30))
+    assert len(opened) == 1 + 1 + 30 // 7  # to check the links, to read, again every 7 reads
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_a_file_is_closed_whether_it_was_read_or_refused(tmp_path):
+    def is_open(path):
+        return str(path) in [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
+
+    good, bad = tmp_path / "good.hdf5", tmp_path / "bad.hdf5"
+    with h5py.File(good, "w") as file:
+        file.create_dataset("x", data=np.arange(9.0), chunks=(4,))
+    with h5py.File(bad, "w") as file:
+        file["x"] = h5py.SoftLink("/y")
+    with GuardedFile(good) as file:
+        file.read("x")
+        assert is_open(good)
+    with pytest.raises(DatasetError):
+        GuardedFile(bad)
+    assert not is_open(good)
+    assert not is_open(bad)
+
+
+@pytest.mark.parametrize("skipped", [0b01, 0b10, 0b11])
+def test_filters_that_a_chunk_skipped_are_not_undone(tmp_path, skipped):
+    values = np.arange(64, dtype="<i4") // 5
+    content = values.tobytes()
+    if not skipped & 0b01:
+        content = values.view("u1").reshape(-1, 4).T.tobytes()
+    if not skipped & 0b10:
+        content = zlib.compress(content)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        array = file.create_dataset(
+            "x", (64,), "<i4", chunks=(64,), shuffle=True, compression="gzip"
+        )
+        array.id.write_direct_chunk((0,), content, filter_mask=skipped)
+    with GuardedFile(tmp_path / "a.hdf5") as file, h5py.File(tmp_path / "a.hdf5") as plain:
+        assert np.array_equal(plain["x"][()], values)
+        assert np.array_equal(file.read("x"), values)
+
+
+def test_groups_may_be_nested_so_deep_and_a_bad_link_may_have_any_name(tmp_path):
+    deepest = "/".join(["g"] * hdf5_guard._DEEPEST)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file[f"{deepest}/x"] = 0
+    with pytest.raises(DatasetError, match="lies more than 32 groups deep"):
+        GuardedFile(tmp_path / "a.hdf5")
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file[f"{deepest[2:]}/x"] = 5
+    with GuardedFile(tmp_path / "a.hdf5") as file:
+        assert file.read(f"{deepest[2:]}/x") == 5
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file.id.links.create_soft(b"\xff\xfe", b"/elsewhere")
+    with pytest.raises(DatasetError, match=r"is a link \(soft\) to another place"):
+        GuardedFile(tmp_path / "a.hdf5")
