@@ -42,7 +42,7 @@ class BehaviourPolicy:
         """Load a shipped policy such as "hopper-medium".
 
         Args:
-            name: file name without its ending; `policies/manifest.json` lists them all.
+            name: file name without its ending; ``policies/manifest.json`` lists them all.
             noise_scale: None takes the one its dataset is made with.
 
         Raises:
@@ -102,7 +102,7 @@ class _Recording:
     truncated: bool = False
 
     def cut(self, steps: int) -> Episode:
-        """Return the first `steps` steps; an episode cut short counts as truncated."""
+        """Return the first ``steps`` steps; an episode cut short counts as truncated."""
         whole = steps >= len(self.actions)
         return Episode(
             observations=np.array(self.observations[: steps + 1]),
@@ -120,7 +120,7 @@ def roll_out(
     seed: np.random.SeedSequence,
     bar: tqdm | None = None,
 ) -> list[Episode]:
-    """Record exactly `steps` steps of a policy, several environments side by side.
+    """Record exactly ``steps`` steps of a policy, several environments side by side.
 
     Episodes are numbered as they begin, and the result is the first episodes by number, the last
     one cut: what a single environment would give, one episode after the other. Taking whichever
@@ -177,7 +177,7 @@ def _ended(recording: _Recording) -> bool:
 
 
 def _first_unneeded(recordings: Sequence[_Recording], steps: int) -> int:
-    """Return the number of the first episode that `steps` steps already reach the end of.
+    """Return the number of the first episode that ``steps`` steps already reach the end of.
 
     It and all later ones can stop: the episodes before can only grow.
     """
@@ -186,7 +186,7 @@ def _first_unneeded(recordings: Sequence[_Recording], steps: int) -> int:
 
 
 def _cut_to(recordings: Sequence[_Recording], steps: int) -> Iterator[Episode]:
-    """Yield the first episodes, `steps` steps in all."""
+    """Yield the first episodes, ``steps`` steps in all."""
     left = steps
     for recording in recordings:
         if left == 0:
@@ -201,13 +201,13 @@ def make_embedded_dataset(
 ) -> bool:
     """Make an embedded dataset and write it as an ordinary Minari dataset.
 
-    `medium` is one policy; `medium-expert` half the steps medium, half expert at half the noise;
-    `medium-replay` equal steps of each policy of a training run, in training order. The result is
-    a function of (id, steps, seed). Each part has exactly its share of the steps, so its last
-    episode may be cut short (and is marked truncated).
+    ``medium`` is one policy; ``medium-expert`` half the steps medium, half expert at half the
+    noise; ``medium-replay`` equal steps of each policy of a training run, in training order. The
+    result is a function of (id, steps, seed). Each part has exactly its share of the steps, so its
+    last episode may be cut short (and is marked truncated).
 
     Args:
-        dataset_id: one of `EMBEDDED_IDS`.
+        dataset_id: one of ``EMBEDDED_IDS``.
         steps: transitions in all.
         seed: of episode starts and action noise.
         progress: show a progress bar on a terminal.

@@ -68,11 +68,11 @@ def write_columns(
     max_episode_steps: int | None = None,
     on_bad_episode: OnBadEpisode = "raise",
 ) -> None:
-    """Write a Minari dataset of these steps, cut into episodes as by `Columns.split`.
+    """Write a Minari dataset of these steps, cut into episodes as by ``Columns.split``.
 
     Raises:
-        DatasetError: the id is taken, an episode breaks a rule of `find_violation` and is not to be
-            dropped, or the folder cannot be written.
+        DatasetError: the id is taken, an episode breaks a rule of ``find_violation`` and is not to
+            be dropped, or the folder cannot be written.
     """
     folder = dataset_folder(card.dataset_id)
     with dataset_lock(card.dataset_id):

@@ -1,6 +1,7 @@
 """Legacy D4RL v2 files, turned into Minari datasets with h5py alone.
 
-Layout and quirks: Farama-Foundation/D4RL, `d4rl/offline_env.py` and `scripts/generation/mujoco/`.
+Layout and quirks: Farama-Foundation/D4RL, ``d4rl/offline_env.py`` and
+``scripts/generation/mujoco/``.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def import_d4rl(
     environments, the closest to those D4RL used.
 
     Args:
-        path: a file such as `hopper_medium_replay-v2.hdf5`.
-        dataset_id: the id to give it; by default `d4rl/hopper/medium-replay-v2` and so on, after
+        path: a file such as ``hopper_medium_replay-v2.hdf5``.
+        dataset_id: the id to give it; by default ``d4rl/hopper/medium-replay-v2`` and so on, after
             the file's name. The id or the file's name must tell hopper, halfcheetah or walker2d.
         reference_scores: returns for 0 and 100 percent by those names, written into the metadata.
         on_bad_episode: "raise" refuses the file if an episode breaks a rule, "drop" leaves such

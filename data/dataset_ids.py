@@ -36,8 +36,8 @@ _LONGEST_ID = 200  # characters; some file systems take no more than 255 in a na
 def check_id(dataset_id: str) -> str:
     """Return the id if it is well formed; looks at the text only, no file is touched.
 
-    Ids come from command lines and from files, and become paths: `..`, absolute paths and anything
-    else outside letters, digits, `_`, `-` and `/` is refused.
+    Ids come from command lines and from files, and become paths: ``..``, absolute paths and
+    anything else outside letters, digits, ``_``, ``-`` and ``/`` is refused.
 
     Raises:
         DatasetError: the id is malformed.
@@ -79,7 +79,7 @@ def temporary_datasets() -> Iterator[Path]:
 def minari_writing_to(folder: Path) -> Iterator[None]:
     """Have Minari, which knows only the environment variable, write to another folder.
 
-    One thread at a time; what `datasets_root` tells the others stays as it is.
+    One thread at a time; what ``datasets_root`` tells the others stays as it is.
     """
     with _one_writer:
         _before_writing["path"] = os.environ.get("MINARI_DATASETS_PATH")

@@ -50,7 +50,7 @@ class DatasetInfo:
 
 
 class Episode(NamedTuple):
-    """One episode of T steps. `observations` has T+1 rows, the last seen after the last action."""
+    """One episode of T steps; the last of the T+1 observations was seen after the last action."""
 
     observations: np.ndarray  # (T+1, O)
     actions: np.ndarray  # (T, A)
@@ -73,11 +73,11 @@ class Episode(NamedTuple):
 
 @dataclass(frozen=True)
 class Episodes:
-    """A dataset in memory: step n of episode e is row `offsets[e] + n` of the flat arrays.
+    """A dataset in memory: step n of episode e is row ``offsets[e] + n`` of the flat arrays.
 
     Row t holds the observation seen before action t. The observation after an episode's last action
-    is kept apart in `final_observations`, so that sources with T+1 observations (Minari) and with T
-    (D4RL) come out alike.
+    is kept apart in ``final_observations``, so that sources with T+1 observations (Minari) and with
+    T (D4RL) come out alike.
 
     An episode that neither terminated nor was truncated is unfinished: the recording stopped there.
     """

@@ -25,7 +25,7 @@ _SEAL_BYTES = 32
 
 
 class FlatArrays(NamedTuple):
-    """The arrays of `Episodes`."""
+    """The arrays of ``Episodes``."""
 
     observations: np.ndarray
     actions: np.ndarray

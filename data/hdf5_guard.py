@@ -35,7 +35,7 @@ def bytes_allowed(size_on_disk: int) -> int:
 
 
 class GuardedFile:
-    """An HDF5 file for reading, closed with `with`.
+    """An HDF5 file for reading, closed with ``with``.
 
     Every link of the file is checked when it is opened: hard links only, one for each object. An
     array is checked when it is read, before any memory is taken for it: stored in this file, as

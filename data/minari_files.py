@@ -98,7 +98,7 @@ def read_arrays(
 
     Args:
         metadata: says how many episodes and steps there are; that is checked.
-        data: the dataset's `data` folder.
+        data: the dataset's ``data`` folder.
         size_on_disk: bytes of its files; bounds what is allocated.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Minari datasets, local, embedded or downloaded, read into `Episodes`."""
+"""Minari datasets, local, embedded or downloaded, read into ``Episodes``."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def load_dataset(
 ) -> Episodes:
     """Load a dataset, or the union of several, into memory.
 
-    Embedded ids (`minrl/...`) are made on first use, other ids are downloaded when they are not on
-    this machine. The first load validates every episode and leaves the flat arrays beside the
+    Embedded ids (``minrl/...``) are made on first use, other ids are downloaded when they are not
+    on this machine. The first load validates every episode and leaves the flat arrays beside the
     dataset; later loads of the same user read those as long as the dataset's files have the same
     content.
 
@@ -57,7 +57,7 @@ def load_dataset(
 
     Raises:
         DatasetError: an id is malformed or unknown, the download fails, or the data is refused.
-        ConfigError: `on_bad_episode` is neither of the two.
+        ConfigError: ``on_bad_episode`` is neither of the two.
     """
     check_policy(on_bad_episode)
     named = [dataset] if isinstance(dataset, str) else dataset

@@ -75,7 +75,7 @@ def write_dataset(card: DatasetCard, episodes: Sequence[Episode]) -> None:
     """Write a Minari dataset (HDF5) from episodes with T+1 observations each.
 
     It is written in a hidden folder and moved into place in one step, so that an interrupted write
-    leaves nothing that could be loaded. Call it under `dataset_lock`.
+    leaves nothing that could be loaded. Call it under ``dataset_lock``.
 
     Raises:
         DatasetError: the id is taken, or the folder cannot be written.

@@ -77,10 +77,11 @@ def find_violation(
 ) -> Violation | None:
     """Return the first rule that this episode breaks, None if it is sound.
 
-    Rules: `arrays` (all five are there), `dtype` (numbers), `empty`, `shape`, `lengths` (T actions,
-    rewards and flags, T+1 observations), `finite` (as float32, sums of rewards too), `bounds`
-    (actions in their Box, and none beyond 1e30), `flags` (an end only at the last step), `end`
-    (only the file's last episode may be unfinished).
+    Rules: ``arrays`` (all five are there), ``dtype`` (numbers), ``empty``, ``shape``, ``lengths``
+    (T actions, rewards and flags, T+1 observations), ``finite`` (as float32, sums of rewards too),
+    ``bounds`` (actions in their Box, and none beyond 1e30), ``flags`` (an end only at the last
+    step), ``end`` (only the file's last episode may be unfinished).
+
     Terminated and truncated together is sound: Gymnasium gives both when an episode ends by itself
     on the last step of its time limit.
 

@@ -20,7 +20,8 @@ class Batch:
         returns_to_go: (B, T) float32 in reward units, each including its own step's reward.
         timesteps: (B, T) int64, index of the step in its episode.
         mask: (B, T) bool, False where the window is padding.
-        loss_mask: (B, T) bool, True where the step counts in the loss: `mask` without the burn-in.
+        loss_mask: (B, T) bool, True where the step counts in the loss: ``mask`` without the
+            burn-in.
     """
 
     observations: np.ndarray
@@ -31,17 +32,17 @@ class Batch:
     loss_mask: np.ndarray
 
     def rows(self, index: slice | np.ndarray) -> Batch:
-        """Return the windows with this index, for example `slice(rank, None, world_size)`."""
+        """Return the windows with this index, for example ``slice(rank, None, world_size)``."""
         return Batch(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 class WindowSampler:
     """Draws windows: the trajectory in proportion to its length, the start uniform in it.
 
-    That is one uniform draw among all steps of the data. A window covers the `burn_in` steps before
-    its start (as far as the episode has them), then `context` steps, cut at the episode's end and
-    padded on the right. Padding on the left would feed a recurrent state with steps that never
-    happened. Recipe: Decision Transformer, https://github.com/kzl/decision-transformer, gym/.
+    That is one uniform draw among all steps of the data. A window covers the ``burn_in`` steps
+    before its start (as far as the episode has them), then ``context`` steps, cut at the episode's
+    end and padded on the right. Padding on the left would feed a recurrent state with steps that
+    never happened. Recipe: Decision Transformer, https://github.com/kzl/decision-transformer, gym/.
 
     Args:
         episodes: where to draw from; held in memory, not copied.
@@ -93,7 +94,7 @@ class WindowSampler:
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What :meth:`windows` counts the rows of: observations, actions and returns-to-go."""
+        """What :meth:``windows`` counts the rows of: observations, actions and returns-to-go."""
         return self._episodes.observations, self._episodes.actions, self._returns_to_go
 
     def windows(self, step: int) -> np.ndarray:

@@ -78,7 +78,7 @@ class Evaluation:
     def normalized(self) -> dict[str, Any] | None:
         """``mean``, ``std`` and ``interval_95`` in percent of the references, None without any.
 
-        See `minrl.envs.scores.reference_scores` for what such figures may be compared with.
+        See ``minrl.envs.scores.reference_scores`` for what such figures may be compared with.
         """
         try:
             references = self.references or reference_scores(self.environment_id)

@@ -38,7 +38,7 @@ def new_row_type(observation: tuple[int, str], action: tuple[int, str]) -> np.dt
 
 
 def sizes_and_types(environment: Any) -> tuple[tuple[int, str], tuple[int, str]]:
-    """Return what `new_row_type` takes."""
+    """Return what ``new_row_type`` takes."""
     observation, action = environment.observation_space, environment.action_space
     return (
         (observation.shape[0], observation.dtype.str),
@@ -97,7 +97,7 @@ class Lanes:
         name: their id, for messages.
         episodes: number of episodes of all rows together.
         seed: the seed of episode e depends on (seed, e) alone.
-        table: (B,) of `new_row_type`; a new one with as many rows as environments if not given.
+        table: (B,) of ``new_row_type``; a new one with as many rows as environments if not given.
         first_row: row of the first environment; the others follow.
     """
 
@@ -132,7 +132,7 @@ class Lanes:
         """Take the actions of the table, and start the next episode where one ends.
 
         Raises:
-            EnvError: as `start`; the rows before it are done.
+            EnvError: as ``start``; the rows before it are done.
         """
         for row in self._environments:
             if self._columns["episode"][row] >= 0:

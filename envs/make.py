@@ -133,8 +133,8 @@ def make_limited_env(
     """Make an environment that agents can act in and whose episodes surely end.
 
     Raises:
-        EnvError: as `make_env` and `check_spaces`, or neither the environment nor the caller limits
-            the length of an episode.
+        EnvError: as ``make_env`` and ``check_spaces``, or neither the environment nor the caller
+            limits the length of an episode.
     """
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     environment = make_env(environment_id, render=render, **limit)
@@ -157,7 +157,7 @@ def make_limited_envs(
     """Make as many as asked for, or none.
 
     Raises:
-        EnvError: as `make_limited_env`.
+        EnvError: as ``make_limited_env``.
     """
     environments: list[gymnasium.Env] = []
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Recall: a cue at the first step, nothing for N steps, then the question which cue it was.
 
-Importing this module registers `minrl/Recall-v0`:
+Importing this module registers ``minrl/Recall-v0``:
 
     import minrl.envs.recall
     environment = gymnasium.make("minrl/Recall-v0", length=50, cues=4)
@@ -19,17 +19,17 @@ RECALL_ID = "minrl/Recall-v0"
 
 
 class Recall(gym.Env[np.ndarray, np.int64]):
-    """Remember which of `cues` signals was shown at the first step.
+    """Remember which of ``cues`` signals was shown at the first step.
 
-    An episode has `length + 2` observations: the cue, `length` blank ones, and the question.
+    An episode has ``length + 2`` observations: the cue, ``length`` blank ones, and the question.
 
-    * observation: `Box(0, 1, (cues + 1,), float32)`. At step 0 the one-hot cue; then zeros; at
+    * observation: ``Box(0, 1, (cues + 1,), float32)``. At step 0 the one-hot cue; then zeros; at
       the last step the last entry is 1, which means "answer now".
-    * action: `Discrete(cues)`. Only the answer to the question counts; earlier ones are ignored.
+    * action: ``Discrete(cues)``. Only the answer to the question counts; earlier ones are ignored.
     * reward: 1 for the right answer, else 0. The episode terminates with the answer, and is never
       truncated.
     * optimum: a return of 1.0. Chance, and the best that a policy without memory can do:
-      `1 / cues`.
+      ``1 / cues``.
 
     Args:
         length: blank steps between the cue and the question, at least 0; 200 and more are fine.

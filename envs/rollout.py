@@ -21,7 +21,7 @@ _HURRY_SECONDS = 1.0  # for the sound environments to close when another one has
 
 
 class Policy(Protocol):
-    """What `evaluate` needs of an agent."""
+    """What ``evaluate`` needs of an agent."""
 
     def reset(
         self,
@@ -51,7 +51,7 @@ class Policy(Protocol):
 
 
 class _AnyLanes(Protocol):
-    """Rows of environments and the episodes that each plays: `Lanes` or `WorkerLanes`."""
+    """Rows of environments and the episodes that each plays: ``Lanes`` or ``WorkerLanes``."""
 
     table: np.ndarray
     name: str
@@ -94,7 +94,7 @@ def play_episodes(
     references: tuple[float, float] | None = None,
     on_episode: Callable[[int, float, int], None] | None = None,
 ) -> Evaluation:
-    """Play the episodes of lanes that are made for as many and this seed; see `evaluate`."""
+    """Play the episodes of lanes that are made for as many and this seed; see ``evaluate``."""
     table = lanes.table
     observations, rewards = table["observation"], table["reward"]
     ended_episodes = table["ended_episode"]
@@ -162,7 +162,7 @@ def evaluate(
     it; in worker processes it costs the evaluation alone, which ends with an error.
 
     Args:
-        agent: see `Policy`; it must keep its actions inside the environment's bounds.
+        agent: see ``Policy``; it must keep its actions inside the environment's bounds.
         environment_id: id such as ``Hopper-v5``.
         episodes: number of episodes, at least 1.
         target_return: return to ask the agent for, in reward units.

@@ -51,7 +51,7 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
 
     Args:
         returns: undiscounted return(s) in reward units, any shape.
-        name: environment or dataset id, see `reference_scores`.
+        name: environment or dataset id, see ``reference_scores``.
 
     Raises:
         EnvError: the task has no known reference scores.

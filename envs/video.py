@@ -152,10 +152,10 @@ def record_video(
 ) -> Evaluation:
     """Film one episode offscreen, at natural speed, and return what it earned.
 
-    It is episode 0 of `minrl.envs.rollout.evaluate` with the same seed.
+    It is episode 0 of ``minrl.envs.rollout.evaluate`` with the same seed.
 
     Args:
-        agent: see `minrl.envs.rollout.Policy`.
+        agent: see ``minrl.envs.rollout.Policy``.
         environment_id: id such as ``Hopper-v5``.
         path: file to write, ``.mp4`` (needs the extra ``video``) or ``.gif``; replaced if it
             exists.
@@ -166,7 +166,7 @@ def record_video(
 
     Raises:
         EnvError: the kind of file is unknown or its writer is not installed, nothing renders
-            offscreen (the message says what to install), or as `minrl.envs.rollout.evaluate`.
+            offscreen (the message says what to install), or as ``minrl.envs.rollout.evaluate``.
     """
     path = Path(path)
     write = choose_writer(path)

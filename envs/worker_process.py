@@ -1,4 +1,4 @@
-"""The process of a worker: holds some lanes and does as it is told by `minrl.envs.workers`.
+"""The process of a worker: holds some lanes and does as it is told by ``minrl.envs.workers``.
 
 Messages are JSON, a line each, over a socket; observations, actions and the rest lie in a table in
 memory that both processes share. Nothing is pickled and nothing of the parent's program is
@@ -35,7 +35,7 @@ def share_table(memory: int, row_type: np.dtype, batch: int) -> np.ndarray:
 
 
 def pack(value: Any) -> Any:
-    """Return what JSON keeps of a value such that `unpack` gives the same one back.
+    """Return what JSON keeps of a value such that ``unpack`` gives the same one back.
 
     Sequences begin with their kind, since JSON takes tuples for lists and all keys for text.
 
@@ -52,7 +52,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """Return what `pack` was given."""
+    """Return what ``pack`` was given."""
     if not isinstance(packed, list):
         return packed
     kind, *items = packed

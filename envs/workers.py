@@ -163,7 +163,7 @@ class _Worker:
 
 
 class WorkerLanes:
-    """As `minrl.envs.lanes.Lanes`, in processes that hold several rows each.
+    """As ``minrl.envs.lanes.Lanes``, in processes that hold several rows each.
 
     Args:
         environment_id: registered in this process; what registered it is not run in the workers.
@@ -234,7 +234,7 @@ class WorkerLanes:
         """Take the actions of the table, and start the next episode where one ends.
 
         Raises:
-            EnvError: as `start`.
+            EnvError: as ``start``.
         """
         self._exchange(["step"] * len(self._workers), self._timeout)
 
