@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minrl import __version__
-from minrl.errors import MinrlError
-
-INTERRUPTED = 130  # exit status of what Ctrl-C or SIGTERM stopped, as shells have it
+from minrl.errors import INTERRUPTED, MinrlError
 
 COMMANDS = {
     "train": "train on offline data, evaluate, leave a run folder",

@@ -5,6 +5,9 @@ Each also derives from the built-in class a caller would expect to catch.
 
 from collections.abc import Mapping
 
+# Exit status of a command that was no error but stopped by Ctrl-C or SIGTERM, as shells have it.
+INTERRUPTED = 130
+
 
 class MinrlError(Exception):
     """Base of every error this package raises on purpose."""

@@ -7,7 +7,7 @@ their last checkpoint, to the same weights.
 
 import time
 
-from minrl.cli import INTERRUPTED
+from minrl.errors import INTERRUPTED
 from minrl.scripts.study_grid import StudyConfig, runs_of
 from minrl.scripts.study_progress import Progress
 from minrl.scripts.study_ray import RayWorkers

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from minrl.cli import INTERRUPTED
-from minrl.errors import CheckpointError
+from minrl.errors import INTERRUPTED, CheckpointError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from minrl.cli import INTERRUPTED
+from minrl.errors import INTERRUPTED
 from minrl.scripts.study_run import log_of
 from minrl.scripts.train_config import TrainConfig
 

@@ -372,7 +372,7 @@ def test_loading_an_agent_imports_no_environment_and_no_dataset_library(tmp_path
 
 
 def test_an_unknown_checkpoint_name_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='checkpoint must be "last" or "best", not \'bset\''):
+    with pytest.raises(ConfigError, match="checkpoint must be last or best, not 'bset'"):
         DecisionAgent.load(tmp_path, checkpoint="bset")
 
 

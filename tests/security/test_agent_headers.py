@@ -142,13 +142,12 @@ def test_a_thousand_steps_of_a_window_are_allowed():
     assert np.isfinite(agent.act(np.zeros((1, 5), np.float32))).all()
 
 
-def test_a_window_asked_for_later_is_checked_when_it_is_made():
+def test_a_window_asked_for_later_is_checked_too():
     small = TrajectoryModel(5, 2, ModelConfig(width=16, num_layers=1))
     agent = DecisionAgent(small, target_return=1.0, context=10**9)  # of training; not acted with
-    agent.act(np.zeros((1, 5), np.float32))
-    agent.refresh_every = 1
     with pytest.raises(ConfigError, match="a window of 1000000000 steps takes about"):
-        agent.act(np.zeros((2, 5), np.float32))
+        agent.refresh_every = 1
+    assert agent.refresh_every == 0
 
 
 @pytest.mark.parametrize("target", [float("nan"), float("inf"), None, "9"])
