@@ -150,7 +150,8 @@ class Backbone(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self._tensors_per_block = len(self.blocks[0].initial_state(1)) if num_layers else 0
+        # Of no sequences at all: some states are large.
+        self._tensors_per_block = len(self.blocks[0].initial_state(0)) if num_layers else 0
 
     def initial_state(self, batch_size: int) -> State:
         """Return the learned state before a sequence starts: a tuple of (B, ...) tensors."""
