@@ -150,8 +150,6 @@ class Backbone(nn.Module):
             )
             for _ in range(num_layers)
         )
-        # Of no sequences at all: some states are large.
-        self._tensors_per_block = len(self.blocks[0].initial_state(0)) if num_layers else 0
 
     def initial_state(self, batch_size: int) -> State:
         """Return the learned state before a sequence starts: a tuple of (B, ...) tensors."""
@@ -224,18 +222,18 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, State]:
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        per_block = self._tensors_per_block
-        if state is not None and len(state) != per_block * len(self.blocks):
-            raise ValueError(
-                f"Backbone: Expected a state of {per_block * len(self.blocks)} tensors, got "
-                f"{len(state)}: it is of another backbone"
-            )
+        per_block = 0 if state is None else len(state) // len(self.blocks)
         after: State = ()
         for index, block in enumerate(self.blocks):
             before = None  # a new sequence: some mixers have a shorter way for these
-            if state is not None:
+            if per_block:
                 before = state[index * per_block : (index + 1) * per_block]
             wanted = outputs if index == len(self.blocks) - 1 else ALL
             x, block_state = block(x, before, resets=resets, mask=mask, outputs=wanted)
             after += block_state
+        if state is not None and len(state) != len(after):
+            raise ValueError(
+                f"Backbone: Expected a state of {len(after)} tensors, got {len(state)}: it is of "
+                "another backbone"
+            )
         return x, after

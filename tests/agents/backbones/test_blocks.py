@@ -241,9 +241,10 @@ def test_an_input_of_another_shape_is_refused(shape):
 def test_unknown_backbones_and_states_of_others_are_refused():
     with pytest.raises(ValueError, match=r"backbone must be one of mingru.*not 'foo'"):
         Backbone(8, backbone="foo")
-    state = Backbone(8, num_layers=4).initial_state(2)
-    with pytest.raises(ValueError, match="Expected a state of 2 tensors, got 4"):
-        Backbone(8, num_layers=2)(torch.zeros(2, 3, 8), state)
+    for layers, others in ((2, 4), (4, 2)):
+        state = Backbone(8, num_layers=others).initial_state(2)
+        with pytest.raises(ValueError, match=f"Expected a state of {layers} tensors, got {others}"):
+            Backbone(8, num_layers=layers)(torch.zeros(2, 3, 8), state)
 
 
 def test_a_backbone_says_what_wrappers_ask_a_recurrent_layer():
