@@ -1,6 +1,7 @@
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,3 +216,31 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="too large to be read"):
         folder.save(1, {}, {"many": [1] * 500}, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_header_beyond_all_measure_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a.safetensors", pack_weights(TENSORS, HEADER))
+    monkeypatch.setattr(checkpoint, "LARGEST_TEXT", 50)
+    with pytest.raises(CheckpointError, match="header is larger than any such should be"):
+        load_weights(tmp_path / "a.safetensors")
+
+
+def test_weights_in_any_order_of_memory_come_back(tmp_path):
+    transposed = torch.arange(12.0).view(3, 4).t()
+    write_atomically(tmp_path / "a.safetensors", pack_weights({"weight": transposed}, HEADER))
+    assert torch.equal(load_weights(tmp_path / "a.safetensors")[0]["weight"], transposed)
+
+
+def test_a_file_that_cannot_be_removed_fails_no_save(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, [1, 2, 3])
+
+    def refuse(path, **_):
+        raise PermissionError(f"{path} is open")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        save_steps(folder, [4])
+    assert folder.steps() == [1, 2, 3, 4]
+    save_steps(folder, [5])
+    assert folder.steps() == [3, 4, 5]
