@@ -82,6 +82,7 @@ class DecisionAgent:
         self._state: AgentState | None = None
         self._starts = np.ones(0, dtype=bool)
         self._targets = np.zeros(0)
+        self._asked: float | None = None  # by the last reset of all
         self._watched_rewards: np.ndarray | None = None
 
     def reset(
@@ -96,11 +97,11 @@ class DecisionAgent:
         Args:
             mask: (B,) bool, True for the environments that start anew; all by default.
             target_return: Return to ask of them, in reward units; by default the agent's own.
-            num_envs: B, where it is not known yet and ``mask`` is not given.
+            num_envs: B, where it is not that of before and ``mask`` is not given.
 
         Raises:
             ValueError: If ``mask`` is not of that type and shape, ``num_envs`` less than 1, or the
-                target not finite.
+                target not finite; likewise if another number of environments goes on acting.
         """
         if target_return is not None:
             target_return = _checked_target(target_return)
@@ -115,8 +116,10 @@ class DecisionAgent:
                 "mask must be (B,) bool, True for the environments that start anew, not "
                 f"{mask.shape} {mask.dtype}"
             )
-        if len(mask) != len(self._starts):
-            self._resize(len(mask))
+        if mask.all():
+            self._asked = target_return
+            self._starts[:] = True
+        self._resize(len(mask))
         self._starts = self._starts | mask
         self._targets[mask] = self.target_return if target_return is None else target_return
 
@@ -133,7 +136,8 @@ class DecisionAgent:
             Actions (B, A), or (A,), float32, inside the bounds of the action space.
 
         Raises:
-            ValueError: If an observation or reward is not finite or has the wrong shape.
+            ValueError: If an observation or reward is not finite or has the wrong shape, or if
+                there are more or fewer environments than in the step before.
         """
         observations = np.asarray(observations, dtype=np.float32)
         if observations.ndim == 1:
@@ -141,8 +145,7 @@ class DecisionAgent:
         self._check(observations)
         batch = len(observations)
         rewards = None if rewards is None else _checked_rewards(rewards, batch)
-        if batch != len(self._starts):
-            self._resize(batch)
+        self._resize(batch)
         if self._state is None or self._starts.all():
             self._state = self._fresh_state(batch)
         actions, self._state = self._advance(
@@ -160,8 +163,9 @@ class DecisionAgent:
     ) -> tuple[np.ndarray, AgentState]:
         """Act with Stable-Baselines3's signature, for its ``evaluate_policy`` and such.
 
-        SB3 does not pass rewards: give its ``evaluate_policy`` ``callback=agent.watch_rewards``, or
-        the agent goes on asking for the whole target return at every step.
+        It asks for ``agent.target_return``, whatever :meth:`reset` was given. SB3 does not pass
+        rewards: give its ``evaluate_policy`` ``callback=agent.watch_rewards``, or the agent goes on
+        asking for the whole target return at every step.
 
         Args:
             observation: (B, O) or (O,).
@@ -278,10 +282,18 @@ class DecisionAgent:
         }
 
     def _resize(self, batch: int) -> None:
-        """Start anew with another number of environments, asking what one ``reset`` asked for."""
-        target = self._targets[0] if len(self._targets) == 1 else self.target_return
+        """Take another number of environments, if none of those of before is in an episode."""
+        before = len(self._starts)
+        if batch == before:
+            return
+        if not self._starts.all():
+            raise ValueError(
+                f"{before} environments are in the middle of episodes, and now there are {batch}: "
+                f"call reset(num_envs={batch}) if all start anew"
+            )
+        target = self.target_return if self._asked is None else self._asked
         self._state = None
-        self._starts, self._targets = np.ones(batch, dtype=bool), np.full(batch, float(target))
+        self._starts, self._targets = np.ones(batch, dtype=bool), np.full(batch, target)
 
     def _fresh_state(self, batch: int) -> AgentState:
         window = None

@@ -71,9 +71,13 @@ def write_columns(
     """Write a Minari dataset of these steps, cut into episodes as by ``Columns.split``.
 
     Raises:
-        DatasetError: the id is taken, an episode breaks a rule of ``find_violation`` and is not to
-            be dropped, or the folder cannot be written.
+        DatasetError: the id is taken or of an embedded dataset, an episode breaks a rule of
+            ``find_violation`` and is not to be dropped, or the folder cannot be written.
     """
+    if card.dataset_id.startswith("minrl/"):
+        raise DatasetError(
+            f"{card.dataset_id}: ids that begin with minrl/ are those of embedded datasets"
+        )
     folder = dataset_folder(card.dataset_id)
     with dataset_lock(card.dataset_id):
         if folder.exists():

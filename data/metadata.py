@@ -96,9 +96,9 @@ def check_reference_scores(low: float, high: float) -> None:
     Raises:
         ValueError: they cannot.
     """
-    if low == high or not math.isfinite(high - low):
+    if not low < high or not math.isfinite(high - low):
         raise ValueError(
-            f"ref_min_score {low:g} and ref_max_score {high:g} must be finite and not the same"
+            f"ref_min_score {low:g} must be below ref_max_score {high:g}, and both be finite"
         )
 
 

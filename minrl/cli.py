@@ -1,5 +1,7 @@
 """The ``minrl`` command: each subcommand is one file of ``minrl.scripts``, imported when used."""
 
+import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -8,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from minrl import __version__
-from minrl.errors import INTERRUPTED, MinrlError
+from minrl.errors import INTERRUPTED, ConfigError, MinrlError
+
+CLOSED_PIPE = 141  # as shells have it
 
 COMMANDS = {
     "train": "train on offline data, evaluate, leave a run folder",
@@ -24,7 +28,20 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot encode must not cost a training
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as of `minrl ... | head`; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -38,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         return _RUN[command](rest)
+    except BrokenPipeError:
+        raise
     except (MinrlError, OSError) as error:  # OSError: a full disk, a folder that is not writable
         print(f"minrl: error: {error}", file=sys.stderr)
         return 2
@@ -55,7 +74,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "minrl COMMAND --help explains each option.",
+            "minrl COMMAND --help explains each option, minrl --version tells the version.",
         ]
     )
 
@@ -68,7 +87,9 @@ def _train(arguments: list[str]) -> int:
     # What the flags not given stand at depends on these four, so they are looked at first.
     resume = _last_value_of("--resume", arguments)
     preset = PRESETS.get(_last_value_of("--preset", arguments) or "quick", PRESETS["quick"])
-    if resume:
+    if resume == "":
+        raise ConfigError("resume needs the folder of a run, and got an empty name")
+    if resume is not None:
         base = RunFolder(resume).read_config()
     else:
         chosen = {"backbone": _last_value_of("--backbone", arguments) or "mingru"}

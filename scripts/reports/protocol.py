@@ -49,7 +49,7 @@ def describe_protocol(
         "final_seed": FINAL_SEED,
         "episodes": sorted({e["episodes"] for run in runs for e in run.evaluations}),
         "unexpected_seeds": _unexpected_seeds(ours),
-        "score_notes": list(dict.fromkeys(task["score_note"] for task in tasks)),
+        "score_notes": list(dict.fromkeys(map(_score_note, tasks))),
         "versions": _versions(ours),
         "machines": sorted({run.machine for run in ours if run.machine}),
         "peers": {
@@ -58,6 +58,12 @@ def describe_protocol(
             if run.library is not None
         },
     }
+
+
+def _score_note(task: dict[str, Any]) -> str:
+    if task["unit"] == "score":
+        return task["score_note"]
+    return f"data on {task['environment']}, which no reference scores are known for"
 
 
 def _compare_settings(runs: list[Run], methods: list[Method]) -> dict[str, dict[str, list[str]]]:

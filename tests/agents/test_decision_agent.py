@@ -128,6 +128,32 @@ def test_another_way_to_act_is_checked_and_begins_with_the_next_episodes():
         agent.refresh_every = -3
 
 
+def test_a_reset_of_all_counts_for_any_number_of_environments():
+    observations, rewards = make_episode(4)
+    expected_agent = make_agent()
+    expected_agent.reset(num_envs=ROWS, target_return=2000.0)
+    expected = act_through(expected_agent, observations, rewards)
+    agent = make_agent()
+    agent.reset(num_envs=ROWS + 2, target_return=10.0)
+    agent.act(np.zeros((ROWS + 2, 5), np.float32))
+    agent.reset(target_return=2000.0)
+    np.testing.assert_allclose(act_through(agent, observations, rewards), expected, atol=1e-6)
+
+
+def test_environments_do_not_come_or_go_in_the_middle_of_episodes():
+    observations, _ = make_episode(2)
+    agent = make_agent()
+    agent.reset(num_envs=ROWS)
+    agent.act(observations[0])
+    message = f"{ROWS} environments are in the middle of episodes, and now there are 1"
+    with pytest.raises(ValueError, match=message):
+        agent.act(observations[1, :1])
+    with pytest.raises(ValueError, match="and now there are 5"):
+        agent.reset(np.array([True, False, False, False, False]))
+    agent.reset(num_envs=1)
+    assert agent.act(observations[1, :1]).shape == (1, 2)
+
+
 def test_each_environment_asks_for_its_own_return():
     agent = make_agent()
     observations, rewards = make_episode(10)

@@ -83,13 +83,18 @@ def test_what_is_wrong_is_named(save, changes, message):
     assert not dataset_folder("test/arrays/wrong-v0").exists()  # in the way of what is right
 
 
-@pytest.mark.parametrize("scores", [(5.0, 5.0), (float("nan"), 5.0)])
+@pytest.mark.parametrize("scores", [(5.0, 5.0), (5.0, 4.0), (float("nan"), 5.0)])
 def test_reference_scores_that_are_no_scale_are_refused(save, scores):
-    with pytest.raises(DatasetError, match="must be finite and not the same"):
+    with pytest.raises(DatasetError, match=r"must be below ref_max_score .*, and both be finite"):
         import_arrays_command(
             save(), id="test/arrays/wrong-v0", reference_scores=scores, **PENDULUM
         )
     assert not dataset_folder("test/arrays/wrong-v0").exists()
+
+
+def test_the_ids_of_embedded_datasets_are_refused(save):
+    with pytest.raises(DatasetError, match="begin with minrl/ are those of embedded datasets"):
+        import_arrays_command(save(), id="minrl/hopper/medium-v0", **PENDULUM)
 
 
 def test_bad_episodes_can_be_left_out(save):

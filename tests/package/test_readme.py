@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
+
+from minrl import DecisionAgent, TrajectoryModel
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Use the backbone in your own agent")[2].partition("\n## ")[0]
@@ -19,6 +23,19 @@ def test_every_library_has_its_program():
     assert len(PROGRAMS) == len(LIBRARIES)
     for program, library in zip(PROGRAMS, LIBRARIES, strict=True):
         assert library in program
+
+
+def test_acting_in_many_environments_asks_each_for_its_own_return():
+    section = README.partition("## Use from Python")[2].partition("\n## ")[0]
+    program = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    assert "make_vec" in program
+    agent = DecisionAgent(TrajectoryModel(11, 3), target_return=1.0)
+    names = {"agent": agent, "gym": gymnasium}
+    # Episodes of an untrained agent end after about twenty steps.
+    exec(program.replace("range(1000)", "range(60)"), names)  # noqa: S102 - our own
+    lengths = agent._state.timesteps + 1
+    assert ((lengths < 60) & ~agent._starts).any()
+    assert (np.abs(agent._state.returns_to_go - 3400) < 5 * lengths + 5).all()
 
 
 @pytest.mark.integration

@@ -1,4 +1,6 @@
 import dataclasses
+import io
+import os
 import subprocess
 import sys
 import warnings
@@ -28,6 +30,40 @@ def test_help_lists_every_command_without_loading_torch():
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"minrl {__version__}\n"
+
+
+def test_the_package_is_a_command_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "minrl", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"minrl {__version__}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_a_reader_that_goes_away_sees_no_traceback(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "minrl", *arguments], stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (cli.CLOSED_PIPE, b"")
+
+
+def test_a_terminal_that_knows_few_letters_stops_nothing(monkeypatch, capsys):
+    monkeypatch.setitem(cli._RUN, "doctor", lambda _: print("3,283 \N{PLUS-MINUS SIGN} 232") or 0)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.main(["doctor"]) == 0
+    assert stream.buffer.getvalue() == b"3,283 ? 232\n"
+
+
+def test_resuming_what_has_no_name_trains_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--resume", ""]) == 2
+    assert "resume needs the folder of a run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_help_explains_every_field(capsys):

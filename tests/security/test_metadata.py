@@ -110,15 +110,15 @@ REFUSED = {
     ),
     "equal reference scores": (
         changed(ref_min_score=0.0, ref_max_score=0.0),
-        "ref_min_score 0 and ref_max_score 0 must be finite and not the same",
+        "ref_min_score 0 must be below ref_max_score 0",
     ),
     "infinite reference score": (
         changed(ref_min_score=0.0, ref_max_score=float("inf")),
-        "ref_min_score 0 and ref_max_score inf must be",
+        "ref_min_score 0 must be below ref_max_score inf, and both be finite",
     ),
     "reference score of nothing": (
         changed(ref_min_score=float("nan"), ref_max_score=1.0),
-        "ref_min_score nan and",
+        "ref_min_score nan must be",
     ),
     "reference score of text": (changed(ref_min_score="a", ref_max_score=1.0), "not usable"),
     "link out": (link_out, "is a link out of the dataset's folder, which minrl refuses"),
