@@ -121,9 +121,11 @@ def check_spaces(env: gymnasium.Env) -> None:
             kind = type(space).__name__
             if isinstance(space, Box):
                 kind = f"Box of shape {space.shape} and type {space.dtype}"
+            hint = "; for discrete actions take the layers alone (minrl.MinGRU, minrl.Backbone)"
+            if role == "observation":
+                hint = ". Wrap it, for example in gymnasium.wrappers.FlattenObservation"
             raise EnvError(
-                f"environment {name!r} has a {role} space of kind {kind}; {_SUPPORTED}. Wrap the "
-                "environment, for example with gymnasium.wrappers.FlattenObservation"
+                f"environment {name!r} has an {role} space of kind {kind}; {_SUPPORTED}{hint}"
             )
 
 
