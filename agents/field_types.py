@@ -46,7 +46,7 @@ def wrong_types(config: object) -> list[str]:
 def _name(declared: type) -> str:
     choices = typing.get_args(declared)
     if typing.get_origin(declared) is tuple:
-        return f"a list, each {_name(choices[0])}"
+        return f"a tuple, each {_name(choices[0])}"
     if choices:
         return " or ".join(map(_name, choices))
     return _NAMES.get(declared, f"a {declared.__name__}")

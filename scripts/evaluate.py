@@ -1,6 +1,8 @@
 """``minrl evaluate``: a trained run in its environment, every target, last and best checkpoint."""
 
+import errno
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +114,12 @@ def evaluate_run(run: Path | str, config: EvaluateConfig = EvaluateConfig()) -> 
             print(table_row(name, step, evaluation))
             evaluations.append(evaluation)
             line = {"checkpoint": name, "step": step, "refresh_every": agent.refresh_every}
-            folder.append_evaluation(line | evaluation.to_dict())
+            try:
+                folder.append_evaluation(line | evaluation.to_dict())
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EROFS):
+                    raise
+                warnings.warn(f"not written down: {error}", stacklevel=2)  # another user's run
     agent, environment_id = agents[names[0]]
     scale = "no reference scores are known"
     if evaluations[0].normalized is not None:

@@ -1,3 +1,4 @@
+import errno
 import re
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_a_video_that_cannot_be_written_is_refused_before_an_evaluation(finished
     with pytest.raises(EnvError, match="imageio-ffmpeg"):
         evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.MP4"))
     assert RunFolder(finished).read_evaluations() == evaluations
+
+
+def test_a_run_that_may_not_be_written_to_is_evaluated_all_the_same(finished, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(RunFolder, "append_evaluation", refuse)
+    with pytest.warns(UserWarning, match="not written down: .*Read-only file system"):
+        evaluate_run(
+            finished, EvaluateConfig(episodes=1, targets=(900.0, 500.0), checkpoint="last")
+        )
+    assert capsys.readouterr().out.count("\nlast ") == 2
 
 
 def test_evaluating_without_a_sound_checkpoint_is_an_error(hopper_id, tmp_path):
