@@ -167,6 +167,17 @@ def test_each_environment_asks_for_its_own_return():
     assert np.abs(mixed[0, 2] - alone[0, 0]).max() > 1e-4
 
 
+def test_what_is_asked_for_before_the_number_of_environments_is_known_is_asked_of_all():
+    observations, rewards = make_episode(5)
+    agent = make_agent()
+    agent.reset(target_return=2000.0)
+    actions = act_through(agent, observations, rewards)
+    agent.reset(num_envs=ROWS, target_return=2000.0)
+    assert np.array_equal(actions, act_through(agent, observations, rewards))
+    agent.reset(num_envs=ROWS)
+    assert not np.array_equal(actions, act_through(agent, observations, rewards))
+
+
 def test_one_environment_needs_no_batch_axis():
     observations, rewards = make_episode(10, rows=1)
     batched = act_through(make_agent(), observations, rewards)
@@ -369,6 +380,21 @@ def test_sb3_evaluate_policy_gives_the_returns_of_our_own_loop(n_envs):
                 total, count, done = total + reward, count + 1, ended or cut
             expected.append((round(total, 3), count))
     assert sorted(zip(np.round(returns, 3), lengths, strict=True)) == sorted(expected)
+
+
+def test_rewards_watched_in_one_evaluation_are_forgotten_in_the_next():
+    agent, steps = make_agent(), np.ones((2, 4, 5), np.float32)
+
+    def second_action():
+        _, state = agent.predict(steps[0])
+        return agent.predict(steps[1], state, np.zeros(4, bool))[0]
+
+    expected = second_action()
+    agent.watch_rewards({"rewards": np.full(ROWS, 5000.0)}, {})  # of other environments
+    assert np.array_equal(second_action(), expected)
+    _, state = agent.predict(steps[0])
+    agent.watch_rewards({"rewards": np.full(4, 5000.0)}, {})
+    assert not np.array_equal(agent.predict(steps[1], state, np.zeros(4, bool))[0], expected)
 
 
 @every_kind

@@ -266,9 +266,14 @@ def test_weights_given_other_memory_are_noticed_at_the_start_of_episodes():
 def test_a_model_in_training_has_its_dropout():
     agent = started(make_agent(dropout=0.5))
     observations = np.ones((3, 5), np.float32)
+    _, state = agent.predict(observations)
+
+    def act_again():
+        return agent.predict(observations, state, np.zeros(3, bool))[0]
+
+    assert np.array_equal(act_again(), act_again())
     agent.model.train()
-    actions = [agent.act(observations, 0.0) for _ in range(2)]
-    assert np.abs(actions[0] - actions[1]).max() > 1e-2
+    assert np.abs(act_again() - act_again()).max() > 1e-2
     agent.model.eval()
     assert_acts_as_plain(agent)
 

@@ -19,6 +19,11 @@ from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import TrajectoryModel
 
 ASSETS = Path(__file__).parents[1] / "assets" / "checkpoints"
+# Two actions of each, worked out from its weights with NumPy and the formulas of the model alone.
+ACTIONS = {
+    "format-1": [[0.76159, -0.24717], [0.63147, -0.17404]],
+    "format-2": [[0.76159, -0.24722], [0.63148, -0.17403]],
+}
 
 
 def test_there_is_one_for_every_format():
@@ -29,13 +34,17 @@ def test_there_is_one_for_every_format():
 
 
 @pytest.mark.parametrize("path", sorted(ASSETS.iterdir()), ids=lambda path: path.name)
-def test_an_old_checkpoint_acts(path, tmp_path):
+def test_an_old_checkpoint_acts_as_it_did(path, tmp_path):
     shutil.copytree(path, tmp_path / "checkpoints")
+    observation = np.array([1.0, -1.0, 0.5], np.float32)
     for name in ("last", "best"):
         agent = DecisionAgent.load(tmp_path, checkpoint=name)
-        agent.reset()
-        action = agent.act(np.zeros((1, agent.model.observation_size), np.float32))
-        assert np.isfinite(action).all()
+        assert agent.model.return_scale == 1000.0
+        for is_training in (False, True):  # that is, compiled and plain
+            agent.model.train(is_training)
+            agent.reset(target_return=500.0)
+            actions = agent.act(observation), agent.act(-observation, 100.0)
+            np.testing.assert_allclose(actions, ACTIONS[path.name], rtol=0, atol=1e-5)
 
 
 def test_a_checkpoint_of_this_format_is_trained_on():

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from random_batches import make_batch
 from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
-from minrl.errors import CheckpointError, ConfigError
+from minrl.errors import CheckpointError, ConfigError, TrainingError
 
 
 def make_trainer(
@@ -110,7 +111,41 @@ def test_bfloat16_trains_and_keeps_float32_weights():
     exact = make_trainer(dropout=0.0)
     losses, expected = run(trainer, 20), run(exact, 20)
     np.testing.assert_allclose(losses, expected, rtol=0.03)
+    assert losses[0] != expected[0]  # the products are not those of float32
     assert all(parameter.dtype is torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_the_loss_is_in_units_of_the_action_bounds():
+    plain, wide = make_trainer(dropout=0.0), make_trainer(dropout=0.0)
+    wide.model.action_low.fill_(-4.0)
+    wide.model.action_high.fill_(4.0)
+    batch = make_batch(0)
+    larger = dataclasses.replace(batch, actions=4 * batch.actions)
+    assert wide.step(larger).loss == pytest.approx(plain.step(batch).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_action_error_is_that_of_the_weights_that_act_without_dropout(ema_decay):
+    trainer = make_trainer(dropout=0.3, ema_decay=ema_decay, learning_rate=0.1)
+    run(trainer, 5)
+    held_out = [make_batch(100, rows=3), make_batch(101)]
+    model, errors = copy.deepcopy(trainer.acting_model).eval(), []
+    for batch in held_out:
+        inputs = (batch.observations, batch.actions, batch.returns_to_go, batch.timesteps)
+        predicted, _ = model(*map(torch.from_numpy, inputs))
+        errors.append((predicted.detach().numpy() - batch.actions)[batch.loss_mask])
+    expected = np.square(np.concatenate(errors)).mean()
+    assert trainer.action_error(held_out) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_seed_step_and_rank_draws_another_dropout():
+    trainer, drawn = make_trainer(), set()
+    for numbers in itertools.product(range(3), repeat=3):
+        torch.manual_seed(0)
+        trainer.seed, trainer.step_count, trainer.rank = numbers
+        trainer._begin(1)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 27
 
 
 def test_action_dropout_hides_previous_actions_in_training_only():
@@ -231,6 +266,18 @@ def test_a_state_with_a_part_missing_is_refused():
     assert_refused(make_trainer(), None, "the state of training is missing")
     without = copy.deepcopy(make_trainer().state_dict())
     assert_refused(make_trainer(ema_decay=0.9), without, "the averaged model is missing")
+
+
+def test_steps_skipped_before_a_resume_count_among_those_in_a_row():
+    trainer, resumed = make_trainer(), make_trainer(seed=1)
+    poisoned = make_batch(0)
+    poisoned.observations[0, 0] = np.nan
+    for _ in range(9):
+        assert trainer.step(poisoned).skipped
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.skips_in_a_row == 9
+    with pytest.raises(TrainingError, match="10 times in a row, last at step 10"):
+        resumed.step(poisoned)
 
 
 def test_an_error_of_a_step_leaves_the_weights_those_of_the_steps_before():

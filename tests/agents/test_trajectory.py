@@ -170,9 +170,45 @@ def test_actions_stay_inside_the_bounds(kind):
 @every_kind
 def test_timesteps_beyond_the_table_share_the_last(kind):
     model, inputs = make(kind), make_inputs()
-    late = {**inputs, "timesteps": inputs["timesteps"] + 10_000}
-    later = {**inputs, "timesteps": inputs["timesteps"] + 10**9}
-    torch.testing.assert_close(model(**late)[0], model(**later)[0])
+    late = {**inputs, "timesteps": inputs["timesteps"] + 15}
+    before, _ = model(**late)
+    if model.embed_timestep is None:
+        assert torch.equal(before, model(**inputs)[0])
+        return
+    with torch.no_grad():
+        model.embed_timestep.weight[:-1] += 1 + torch.randn(14, 16)
+        assert torch.equal(model(**late)[0], before)
+        model.embed_timestep.weight[-1] += 1 + torch.randn(16)
+    assert ((model(**late)[0] - before).abs() > 1e-6).any(-1).all()
+
+
+def test_previous_actions_are_hidden_with_the_chance_asked_for_and_in_training_alone():
+    model = make("joint", backbone="mlp").train()  # which sees the action before and no other
+    sizes = (64, 50)
+    actions, zeros = torch.ones(*sizes, A).double(), torch.zeros(*sizes).double()
+    others = (zeros, zeros.long())
+    observations = torch.zeros(*sizes, O).double()
+    without, _ = model(observations, model.action_middle.expand_as(actions), *others)
+    some, _ = model(observations, actions, *others, action_dropout=0.2)
+    hidden = (some == without).all(-1)[:, 1:]
+    assert hidden.double().mean().item() == pytest.approx(0.2, abs=0.03)
+    for axis in (0, 1):  # neither whole sequences nor whole steps
+        assert hidden.any(axis).all()
+        assert not hidden.all(axis).any()
+    acting, _ = model.eval()(observations, actions, *others, action_dropout=0.2)
+    assert not (acting == without).all(-1)[:, 1:].any()
+
+
+@every_kind
+def test_embedded_tokens_are_dropped_in_training(kind):
+    model, inputs, seen = make(kind, dropout=0.25), make_inputs(), []
+    model.backbone.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.train()(**inputs)
+    model.eval()(**inputs)
+    dropped, whole = seen
+    kept = dropped != 0
+    assert kept.double().mean().item() == pytest.approx(0.75, abs=0.06)
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
 
 
 def test_construction_keeps_the_forget_bias_and_the_initial_state():
@@ -203,8 +239,17 @@ def test_one_step_changes_every_parameter_that_is_used(kind):
         ("tokens", "both"),
         ("candidate", "relu"),
         ("width", 0),
+        ("num_layers", 0),
+        ("expansion", 0),
+        ("mlp_ratio", -1),
+        ("max_timestep", -1),
+        ("timestep_std", -0.1),
+        ("timestep_std", float("inf")),
+        ("forget_bias", float("nan")),
         ("dropout", 1.0),
+        ("dropout", -0.1),
         ("return_scale", 0.0),
+        ("return_scale", float("inf")),
         ("convolution", -1),
         ("num_heads", 0),
         ("attention_context", 0),
@@ -216,3 +261,24 @@ def test_impossible_values_are_named_with_their_range(field, value):
         TrajectoryModel(3, 2, ModelConfig(**{field: value}))
     assert problem.startswith(f"{field} must be")
     assert str(value) in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"backbone": "transformer", "num_heads": 3},
+            "num_heads must divide the width, 64, not 3",
+        ),
+        (
+            {"backbone": "mlp", "mlp_ratio": 0},
+            "mlp_ratio must be at least 1 with the backbone mlp, not 0",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(options, message):
+    assert ModelConfig(**options).problems() == [message]
+    with pytest.raises(ConfigError, match=message):
+        TrajectoryModel(3, 2, ModelConfig(**options))
+    name = next(name for name in options if name != "backbone")
+    assert ModelConfig(**{name: options[name]}).problems() == []

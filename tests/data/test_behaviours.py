@@ -160,6 +160,43 @@ def test_wrong_requests_are_refused(root):
     assert list(root.glob("minrl/**/*")) == []
 
 
+REPLAYS = {
+    "hopper": [16, *range(100_000, 1_000_001, 100_000)],
+    "halfcheetah": [*range(10_000, 150_001, 20_000)],
+    "walker2d": [16, *range(200_000, 1_000_001, 200_000)],
+}
+
+
+@pytest.mark.parametrize("robot", REPLAYS)
+def test_datasets_are_of_the_policies_that_their_names_say(robot):
+    from minrl.data.behaviours import _segments
+
+    steps = [f"{robot}-replay-{number:07}" for number in REPLAYS[robot]]
+    assert _segments(f"minrl/{robot}/medium-v0") == [f"{robot}-medium"]
+    assert _segments(f"minrl/{robot}/medium-expert-v0") == [f"{robot}-medium", f"{robot}-expert"]
+    assert _segments(f"minrl/{robot}/medium-replay-v0") == steps
+
+
+def test_half_of_medium_expert_is_of_the_expert_at_half_its_noise(root, monkeypatch):
+    from minrl.data import behaviours
+
+    recorded = []
+
+    def note(policy, environments, steps, *rest):
+        recorded.append((policy, steps))
+        return roll_out(policy, environments, steps, *rest)
+
+    monkeypatch.setattr(behaviours, "roll_out", note)
+    make_embedded_dataset("minrl/hopper/medium-expert-v0", steps=41, progress=False)
+    policies, steps = zip(*recorded, strict=True)
+    assert steps == (21, 20)
+    observations = np.random.default_rng(0).normal(size=(3, 11))
+    for policy, name, scale in zip(policies, ("medium", "expert"), (1.0, 0.5), strict=True):
+        expected = BehaviourPolicy.load(f"hopper-{name}", noise_scale=scale)
+        actions = (one.act(observations, np.random.default_rng(7)) for one in (policy, expected))
+        assert np.array_equal(*actions)
+
+
 @pytest.mark.parametrize("name", ["hopper-medium", "halfcheetah-expert"])
 def test_policy_follows_its_written_formula(name):
     from minrl.data.behaviours import _FOLDER

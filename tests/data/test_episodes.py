@@ -110,6 +110,13 @@ def test_split_parts_are_whole_disjoint_and_complete(make_episodes, info):
     assert single.split(0.5, seed=0) == (single, single)
 
 
+def test_the_share_is_held_out_and_the_seed_says_which():
+    episodes = with_rewards([[float(number)] for number in range(20)])
+    train, held_out = episodes.split(0.3, seed=3)
+    assert (train.num_episodes, held_out.num_episodes) == (14, 6)
+    assert not np.array_equal(held_out.rewards, episodes.split(0.3, seed=4)[1].rewards)
+
+
 def test_select_takes_episodes_in_the_order_given(make_episodes, info):
     originals = make_episodes([4, 2, 7])
     chosen = Episodes.from_episodes(originals, info).select([2, 0])
@@ -121,14 +128,18 @@ def test_select_takes_episodes_in_the_order_given(make_episodes, info):
 
 def test_union_equals_all_episodes_in_a_row(make_episodes, info):
     originals = make_episodes([4, 2, 7])
-    first = Episodes.from_episodes(originals[:1], replace(info, sha256="a", action_low=(-2.0,) * 3))
-    second = Episodes.from_episodes(originals[1:], replace(info, dataset_id="b-v0", sha256="b"))
+    one = replace(info, sha256="a", action_low=(-2.0,) * 3, score_note="one")
+    two = replace(info, sha256="b", action_high=(3.0,) * 3, score_note="two", dataset_id="b-v0")
+    first = Episodes.from_episodes(originals[:1], one)
+    second = Episodes.from_episodes(originals[1:], two)
     union, whole = concatenate([first, second]), Episodes.from_episodes(originals, info)
     for name in ("observations", "actions", "rewards", "offsets", "final_observations"):
         assert np.array_equal(getattr(union, name), getattr(whole, name))
     assert union.info.dataset_id == "test/toy/random-v0+b-v0"
     assert union.info.sha256 == hashlib.sha256(b"ab").hexdigest()
-    assert union.info.action_low == (-2.0,) * 3
+    assert (union.info.action_low, union.info.action_high) == ((-2.0,) * 3, (3.0,) * 3)
+    assert union.info.score_note == "one; two"
+    assert concatenate([first, first]).info.score_note == "one"
     assert dumps(asdict(union.info))
     assert concatenate([first]) is first
 

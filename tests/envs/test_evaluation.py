@@ -9,9 +9,9 @@ import pytest
 from minrl.envs.evaluation import Evaluation, student_t_quantile
 
 
-def make(returns, name="Hopper-v5"):
+def make(returns, name="Hopper-v5", **options):
     returns = np.asarray(returns, dtype=np.float64)
-    return Evaluation(name, 3600.0, returns, np.full(len(returns), 10), seed=0)
+    return Evaluation(name, 3600.0, returns, np.full(len(returns), 10), seed=0, **options)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,14 @@ def test_interval_covers_the_true_mean_95_times_in_100():
     assert 930 <= hits <= 970  # 950 ± 3 standard deviations of a binomial
 
 
+def test_the_interval_is_students():
+    evaluation = make([1.0, 2.0, 4.0])
+    half_width = 4.3027 * math.sqrt(7 / 3) / math.sqrt(3)
+    expected = (7 / 3 - half_width, 7 / 3 + half_width)
+    assert evaluation.interval_95 == pytest.approx(expected, abs=1e-3)
+    assert evaluation.to_dict()["return_interval_95"] == list(evaluation.interval_95)
+
+
 def test_mean_and_std_are_the_sample_s():
     evaluation = make([1.0, 2.0, 4.0])
     assert evaluation.return_mean == pytest.approx(7 / 3)
@@ -50,9 +58,18 @@ def test_normalized_follows_d4rl_and_is_none_where_nothing_is_known():
     evaluation = make([3234.3, -20.272305])
     assert evaluation.normalized["mean"] == pytest.approx(50.0)
     assert evaluation.normalized["std"] == pytest.approx(100 / math.sqrt(2))
-    low, high = evaluation.normalized["interval_95"]
-    assert (low + high) / 2 == pytest.approx(50.0)
+    expected = [100 * (end + 20.272305) / 3254.572305 for end in evaluation.interval_95]
+    assert evaluation.normalized["interval_95"] == pytest.approx(expected)
     assert make([1.0, 2.0], "Pendulum-v1").normalized is None
+
+
+@pytest.mark.parametrize("name", ["Hopper-v5", "Pendulum-v1"])
+def test_references_of_ones_own_come_before_d4rls(name):
+    evaluation = make([60.0, 70.0], name, references=(50.0, 250.0))
+    assert evaluation.normalized["mean"] == pytest.approx(7.5)
+    assert evaluation.normalized["std"] == pytest.approx(math.sqrt(50) / 2)
+    expected = [(end - 50) / 2 for end in evaluation.interval_95]
+    assert evaluation.normalized["interval_95"] == pytest.approx(expected)
 
 
 def test_to_dict_is_strict_json_also_for_one_episode():

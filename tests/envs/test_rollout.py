@@ -116,6 +116,12 @@ def test_a_policy_may_keep_what_it_is_given():
         np.testing.assert_array_equal(rewards, rewards_then)
 
 
+def test_references_that_are_given_are_those_of_the_scores():
+    result = evaluate(CountingController(), "Hopper-v5", episodes=2, references=(0.0, 200.0))
+    assert result.references == (0.0, 200.0)
+    assert result.normalized["mean"] == pytest.approx(result.return_mean / 2)
+
+
 def test_each_episode_is_reported_once_as_it_ends():
     heard = {}
     result = evaluate(

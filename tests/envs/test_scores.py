@@ -29,6 +29,14 @@ def test_unknown_task_is_an_error_that_names_it_and_the_known_ones(name):
         normalized_score(1.0, name)
 
 
+def test_the_references_are_those_that_d4rl_published():
+    assert REFERENCE_SCORES == {
+        "halfcheetah": (-280.178953, 12135.0),
+        "hopper": (-20.272305, 3234.3),
+        "walker2d": (1.629008, 4592.3),
+    }
+
+
 def test_random_is_0_and_expert_is_100():
     for task, (lowest, highest) in REFERENCE_SCORES.items():
         np.testing.assert_allclose(normalized_score(np.array([lowest, highest]), task), [0, 100])

@@ -1,8 +1,11 @@
 """Videos hold the episode that evaluation plays; what is missing is said in words."""
 
+import gymnasium
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box
 from PIL import Image
 
 from minrl.envs import video
@@ -13,7 +16,7 @@ from minrl.errors import EnvError
 
 class Still:
     def reset(self, mask=None, *, target_return=None, num_envs=None):
-        self.batch = num_envs or self.batch
+        self.batch, self.target_return = num_envs or self.batch, target_return
 
     def act(self, observations, rewards=None):
         return np.zeros((self.batch, 3))
@@ -43,6 +46,38 @@ def test_gif_and_mp4_show_the_episode_of_the_evaluation(offscreen_gl, tmp_path):
     assert frames == 3
     assert seconds == pytest.approx(3 / 25, abs=0.02)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["episode.mp4"]
+
+
+class Dark(gymnasium.Env):
+    """An environment that needs no OpenGL; its rewards are drawn."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+    observation_space, action_space = Box(-1.0, 1.0, (2,)), Box(-1.0, 1.0, (3,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), self.np_random.normal(), False, False, {}
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+def test_the_episode_is_of_the_seed_and_asked_for_the_target(tmp_path, monkeypatch):
+    spec = EnvSpec("Dark-v0", Dark, max_episode_steps=4)
+    monkeypatch.setitem(gymnasium.registry, "Dark-v0", spec)
+    expected, agent = evaluate(Still(), "Dark-v0", episodes=1, seed=9), Still()
+    path = tmp_path / "episode.gif"
+    result = record_video(agent, "Dark-v0", path, target_return=700.0, seed=9)
+    assert agent.target_return == result.target_return == 700.0
+    assert (result.seed, result.returns.tolist()) == (9, expected.returns.tolist())
+    other = record_video(agent, "Dark-v0", path, max_episode_steps=2)
+    assert (agent.target_return, other.seed, other.lengths.tolist()) == (None, 0, [2])
 
 
 def test_failed_recording_leaves_the_old_file(offscreen_gl, tmp_path, monkeypatch):

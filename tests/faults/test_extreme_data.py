@@ -24,8 +24,8 @@ KINDS = {
 }
 
 
-def make_episodes(observations, lengths):
-    info = DatasetInfo("test/toy-v0", None, observations.shape[1], (-1.0, -2.0), (1.0, 2.0))
+def make_episodes(observations, lengths, low=(-1.0, -2.0), high=(1.0, 2.0)):
+    info = DatasetInfo("test/toy-v0", None, observations.shape[1], low, high)
     starts = np.cumsum([0, *lengths[:-1]])
     episodes = [
         Episode(observations[i : i + n + 1], np.zeros((n, 2)), np.ones(n), False, True)
@@ -58,6 +58,25 @@ def test_normalisation_is_finite_and_that_of_two_passes(kind, lengths):
     assert normalised.isfinite().all()
     agent = DecisionAgent(model, target_return=1.0)
     assert np.isfinite(agent.act(episodes.observations[:1])).all()
+
+
+def test_action_bounds_are_those_of_the_data():
+    model = build_model(CONFIG, make_episodes(np.zeros((5, 3)), [4]))
+    assert (model.action_low.tolist(), model.action_high.tolist()) == ([-1, -2], [1, 2])
+
+
+def test_bounds_that_single_precision_lacks_are_rounded_inwards():
+    low, high = (-0.1, 0.7, -5.0), (0.1, 0.9, 0.3)
+    episodes = make_episodes(np.zeros((5, 3)), [4], low, high)
+    episodes = dataclasses.replace(episodes, actions=np.zeros((4, 3), np.float32))
+    model = build_model(CONFIG, episodes)
+    for exact, rounded in ((low, model.action_low), (high, model.action_high)):
+        np.testing.assert_allclose(rounded.numpy(), exact, rtol=2**-23)
+    assert all(np.float64(model.action_low.numpy()) >= low)
+    assert all(np.float64(model.action_high.numpy()) <= high)
+    # Some bounds' nearest number lies outside of them.
+    assert any(np.float64(np.float32(low)) < low)
+    assert any(np.float64(np.float32(high)) > high)
 
 
 def test_only_what_is_trained_on_is_looked_at(monkeypatch, tmp_path):

@@ -47,6 +47,14 @@ def test_workers_change_no_number(faulty, num_workers):
     assert len(set(alone.lengths.tolist())) > 3
 
 
+def test_workers_truncate_episodes_where_they_are_told(faulty):
+    name = faulty()
+    alone = run(name, 0, max_episode_steps=4)
+    result = run(name, 1, max_episode_steps=4)
+    assert result.lengths.max() == 4
+    assert np.array_equal(result.returns, alone.returns)
+
+
 def test_workers_load_neither_torch_nor_the_program_that_started_them(faulty):
     assert "torch" in sys.modules
     with pytest.raises(EvaluationError, match=r"OSError\(set\(\)\)"):

@@ -1,6 +1,7 @@
 import errno
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import gymnasium
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from small_runs import make_config
 
+from minrl import DecisionAgent, cli
 from minrl.agents.checkpoint import CheckpointFolder
+from minrl.envs.rollout import evaluate
 from minrl.errors import CheckpointError, ConfigError, EnvError
 from minrl.scripts.evaluate import EvaluateConfig, check_environment, evaluate_command, evaluate_run
 from minrl.scripts.run_folder import RunFolder
@@ -110,9 +113,60 @@ def test_best_and_last_are_both_reported_and_named(finished, capsys):
     assert "D4RL reference scores" in output
 
 
-def test_by_default_the_final_episodes_are_played_again(hopper_id, tmp_path):
+def test_the_final_episodes_are_not_those_that_chose_the_best_and_are_played_again_by_default(
+    hopper_id, tmp_path, monkeypatch
+):
+    from minrl.scripts import recorder
+
+    choosing, plain = set(), recorder.evaluate
+
+    def note_seed(*arguments, seed, **options):
+        choosing.add(seed)
+        return plain(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(recorder, "evaluate", note_seed)
     path = train(make_config(hopper_id, tmp_path / "run", seed=3))
     final = RunFolder(path).read_evaluations()
     evaluate_run(path, EvaluateConfig(episodes=2))
     assert {row["seed"] for row in final} == {20_003}
+    assert choosing == {10_003}
     assert RunFolder(path).read_evaluations() == final
+
+
+@pytest.mark.parametrize(
+    ("flags", "refresh_every", "seed"),
+    [((), 0, 20_000), (("--refresh-every", "1"), 1, 20_000), (("--seed", "7"), 0, 7)],
+    ids=["plain", "refresh-every", "seed"],
+)
+def test_flags_of_the_command_decide_how_episodes_are_played(
+    finished, flags, refresh_every, seed, monkeypatch
+):
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # main replaces it
+    arguments = ["--checkpoint", "last", "--episodes", "3", "--targets", "1500", *flags]
+    assert cli.main(["evaluate", str(finished), *arguments]) == 0
+    agent = DecisionAgent.load(finished)
+    agent.refresh_every = refresh_every
+    expected = evaluate(agent, "Hopper-v5", episodes=3, target_return=1500.0, seed=seed)
+    (row,) = (
+        row
+        for row in RunFolder(finished).read_evaluations()
+        if (row["target_return"], row["refresh_every"], row["seed"]) == (1500, refresh_every, seed)
+    )
+    assert row["returns"] == expected.returns.tolist()
+
+
+def test_the_video_is_of_the_first_target_and_the_seed_of_the_evaluation(
+    finished, tmp_path, monkeypatch
+):
+    from minrl.scripts import evaluate as module
+
+    filmed = []
+
+    def note(agent, *arguments, **options):
+        filmed.append((agent.info["step"], *arguments, options))
+
+    monkeypatch.setattr(module, "record_video", note)
+    config = EvaluateConfig(episodes=1, checkpoint="last", targets=(700.0, 5.0), seed=4)
+    path = tmp_path / "episode.gif"
+    evaluate_command(finished, config, video=path)
+    assert filmed == [(12, "Hopper-v5", path, {"target_return": 700.0, "seed": 4})]

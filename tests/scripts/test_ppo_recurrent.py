@@ -12,6 +12,7 @@ from minrl.scripts.examples.ppo_recurrent import (
     Collector,
     Config,
     advantages_of,
+    loss_of,
     make_agent,
     make_environments,
     train,
@@ -192,6 +193,50 @@ def test_advantages_equal_the_sum_of_discounted_errors_within_an_episode():
                     break
     actual = advantages_of(rollout, gamma, gae_lambda)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_after_a_change_of_weights_is_that_of_the_papers():
+    agent, collector, config = pieces(
+        "mingru", clip=0.1, entropy_coefficient=0.3, value_coefficient=0.7
+    )
+    rollout = collector.collect()
+    given = advantages_of(rollout, 0.9, 0.7)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    rows = torch.tensor([2, 0])
+    loss = loss_of(agent, rollout, given, rows, config)
+    state = agent.rows(rollout.first_state, rows)
+    policy, values, _ = agent(rollout.observations[:, rows], state, rollout.dones[:, rows])
+    chances = policy.probs.detach().double().numpy()
+    targets = (given + rollout.values[:-1]).double().numpy()
+    middle, spread = given[:, rows].double().mean(), given[:, rows].double().std()
+    expected, ratios = 0.0, []
+    for t in range(17):
+        for column, row in enumerate(rows.tolist()):
+            now = chances[t, column]
+            before = rollout.log_probabilities[t, row].double().exp().item()
+            ratio = now[rollout.actions[t, row]] / before
+            advantage = ((given[t, row] - middle) / spread).item()
+            surrogate = min(ratio * advantage, min(max(ratio, 0.9), 1.1) * advantage)
+            error = values[t, column].item() - targets[t, row]
+            entropy = -(now * np.log(now)).sum()
+            expected += -surrogate + 0.7 * 0.5 * error**2 - 0.3 * entropy
+            ratios.append((ratio, advantage > 0))
+    assert loss.item() == pytest.approx(expected / (17 * 2), rel=1e-5)
+    for is_good in (False, True):  # all four ways to be clipped or not
+        assert any(ratio < 0.9 and good == is_good for ratio, good in ratios)
+        assert any(ratio > 1.1 and good == is_good for ratio, good in ratios)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for():
+    agent, collector, config = pieces(
+        "mingru", update_epochs=1, num_minibatches=1, max_grad_norm=0.01
+    )
+    before = torch.nn.utils.parameters_to_vector(agent.parameters())
+    update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), collector.collect(), config)
+    change = torch.nn.utils.parameters_to_vector(agent.parameters()) - before
+    assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("core", CORES)

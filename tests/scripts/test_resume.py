@@ -2,11 +2,13 @@ import dataclasses
 import json
 import os
 import signal
+import warnings
 
 import pytest
 import torch
 from small_runs import SMALL, losses_of, make_config, weights_of
 
+from minrl import cli
 from minrl.errors import ConfigError, DatasetError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
@@ -119,6 +121,14 @@ def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monke
     make_embedded_dataset(hopper_id, steps=2_000, seed=1, progress=False)
     with pytest.raises(DatasetError, match="is not the data this run was trained on"):
         train(dataclasses.replace(config, steps=20), resume=path)
+
+
+def test_the_command_refuses_to_resume_with_other_settings(finished, capsys, monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # main replaces it
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+    assert cli.main(["train", "--resume", str(finished), "--batch-size", "4"]) == 2
+    assert "--batch-size is 8 in this run and cannot be 4" in capsys.readouterr().err
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
 
 def test_resume_of_what_is_no_run_says_so(tmp_path):

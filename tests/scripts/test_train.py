@@ -17,10 +17,9 @@ from small_runs import losses_of, make_config, weights_of
 from minrl import DecisionAgent, cli
 from minrl.agents.training import OptimizationConfig
 from minrl.agents.trajectory import ModelConfig
-from minrl.data.minari_source import load_dataset
 from minrl.errors import ConfigError, DatasetError, EnvError, TrainingError
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train import choose_targets, train
+from minrl.scripts.train import train
 
 CONSTANT = OptimizationConfig(schedule="constant")
 
@@ -68,23 +67,6 @@ def test_the_checkpoint_says_what_it_was_trained_on(finished, hopper_id):
     assert agent.info["training"] == RunFolder(finished).read_config().to_json()
     assert {"python", "torch"} <= agent.info["versions"].keys()
     assert np.abs(agent.model.observation_mean.numpy()).max() > 0
-
-
-def test_asked_for_is_what_the_best_tenth_and_all_of_the_data_came_to(hopper_id):
-    episodes = load_dataset(hopper_id)
-    ranked = sorted(zip(episodes.returns, episodes.lengths, strict=True), reverse=True)
-    best, steps = [], 0
-    for value, length in ranked:
-        steps += length
-        if steps > episodes.num_steps / 10 and best:
-            break
-        best += [value] * length
-    everything = [value for value, length in ranked for _ in range(length)]
-    asked = choose_targets(episodes)
-    assert asked == pytest.approx((np.mean(best), np.mean(everything)), rel=5e-3)
-    assert asked[0] > asked[1]
-    alone = choose_targets(episodes.select([0]))
-    assert alone == pytest.approx((episodes.returns[0],), rel=5e-3)
 
 
 class FailingHopper(HopperEnv):

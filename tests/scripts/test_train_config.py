@@ -19,10 +19,17 @@ def test_presets_are_the_published_recipes():
     assert (walker.model.width, walker.optimization.learning_rate) == (128, 1e-4)
     cheetah = paper(("mujoco/halfcheetah/medium-replay-v0",))
     assert (cheetah.model.width, cheetah.optimization.learning_rate) == (128, 1e-3)
-    asked = [config.targets[0] for config in (hopper, walker, cheetah)]
-    assert asked == [3600, 5000, 12000]
+    replay = paper(("minrl/hopper/medium-replay-v0",))
+    assert (replay.model.width, replay.optimization.learning_rate) == (256, 1e-4)
+    transformer = paper(("mujoco/halfcheetah/medium-v0",), "transformer")
+    assert (transformer.model.width, transformer.optimization.learning_rate) == (128, 1e-4)
+    assert hopper.targets == replay.targets == (3600, 1800)
+    assert walker.targets == (5000, 2500)
+    assert cheetah.targets == transformer.targets == (12000, 6000)
     assert paper(("other/robot-v0",)).targets == ()
-    for config in (hopper, walker, cheetah):
+    for config in (hopper, replay, walker, cheetah, transformer):
+        assert (config.model.tokens, config.model.timestep_std) == ("interleaved", 1.0)
+        assert config.optimization.schedule == "constant"
         assert (config.steps, config.optimization.warmup_steps) == (100_000, 10_000)
         assert (config.context, config.batch_size, config.model.num_layers) == (20, 64, 3)
         assert (config.model.dropout, config.optimization.weight_decay) == (0.1, 1e-4)

@@ -218,6 +218,17 @@ def test_one_step_changes_every_parameter(kind):
     assert unchanged == []
 
 
+@pytest.mark.parametrize("options", [{"mlp_ratio": 0}, {"backbone": "mlp"}], ids=["mixer", "mlp"])
+def test_in_training_part_of_what_mixer_or_mlp_add_is_dropped(options):
+    backbone = Backbone(WIDTH, 1, dropout=0.25, **options).double()
+    x, *_ = make_inputs()
+    added = backbone(x)[0] - x
+    whole = backbone.eval()(x)[0] - x
+    kept = added != 0
+    assert kept.double().mean().item() == pytest.approx(0.75, abs=0.08)
+    torch.testing.assert_close(added[kept], whole[kept] / 0.75)
+
+
 @every_backbone
 def test_other_layouts_are_the_same_sequences(kind):
     backbone = make(kind)

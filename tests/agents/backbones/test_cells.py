@@ -46,6 +46,20 @@ def test_forward_is_the_papers_recurrence(make):
 
 
 @both
+def test_in_training_what_goes_from_layer_to_layer_is_dropped(make):
+    cell, x = make(8, 8, 2, dropout=0.5), torch.randn(30, 4, 8)
+    layers = [make(8, 8), make(8, 8)]
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            parameter.data = cell.get_parameter(name.replace("l0", f"l{index}")).data
+    torch.manual_seed(7)
+    expected, _ = layers[1](nn.functional.dropout(layers[0](x)[0], 0.5))
+    torch.manual_seed(7)
+    torch.testing.assert_close(cell(x)[0], expected)
+    torch.testing.assert_close(cell.eval()(x)[0], layers[1](layers[0](x)[0])[0])
+
+
+@both
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 def test_parallel_equals_step_with_resets(make, batch_first, learned):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from minrl.agents.backbones.dropout import Dropout
+from minrl.agents.backbones.dropout import KERNELS, Dropout
 from minrl.agents.backbones.native import load_kernels
 
 
@@ -12,6 +12,7 @@ def implementation(request, monkeypatch):
     """The kernel, and what stands in for it where it cannot be compiled."""
     monkeypatch.setenv("MINRL_NATIVE", "1" if request.param == "compiled" else "0")
     load_kernels.cache_clear()
+    assert (load_kernels(KERNELS) is not None) == (request.param == "compiled")
     yield
     load_kernels.cache_clear()
 

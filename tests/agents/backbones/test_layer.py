@@ -4,20 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from minrl.agents.backbones import layer, scan_cpu
+from minrl.agents.backbones import layer
 from minrl.agents.backbones.layer import gated_layer
 from minrl.agents.backbones.scan import gated_scan_reference
 from minrl.agents.backbones.scan_torch import PARTS
 
 GATES = sorted(PARTS)
 FEATURES, WIDTH = 6, 5
-
-
-@pytest.fixture(params=["native", "torch"])
-def implementation(request, monkeypatch):
-    """Run a test on the compiled kernels, and on plain torch as where they are not available."""
-    if request.param == "torch":
-        monkeypatch.setattr(scan_cpu, "is_available", lambda *_: False)
 
 
 @pytest.fixture(params=[1, 7, 1000], ids=lambda size: f"chunk {size}")

@@ -24,6 +24,8 @@ OFFICIAL = {
 def dtype(request, monkeypatch):
     if "gates" in request.param:
         monkeypatch.setattr(selective_scan, "_is_native", lambda *_: False)
+    else:
+        assert selective_scan._is_native(torch.ones(1), torch.ones(1))
     return torch.float64 if "64" in request.param else torch.float32
 
 

@@ -1,0 +1,211 @@
+"""Settings decide what is trained, on what, and how it acts: none is ignored."""
+
+import dataclasses
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from small_runs import losses_of, make_config, weights_of
+
+from minrl import DecisionAgent
+from minrl.agents.training import OptimizationConfig, Trainer
+from minrl.agents.trajectory import ModelConfig
+from minrl.data.episodes import DatasetInfo, Episode, Episodes
+from minrl.data.minari_source import load_dataset
+from minrl.data.minari_writer import DatasetCard, write_dataset
+from minrl.scripts import train as train_module
+from minrl.scripts.evaluate import EvaluateConfig, evaluate_run
+from minrl.scripts.match_parameters import count_parameters
+from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.train import (
+    build_model,
+    choose_targets,
+    complete,
+    held_out_batches,
+    make_sampler,
+    train,
+)
+from minrl.scripts.train_config import TrainConfig
+
+UNUSUAL = {
+    "seed": 3,
+    "steps": 4,
+    "context": 7,
+    "refresh_every": 3,
+    "burn_in": 5,
+    "held_out": 0.3,
+    "best_fraction": 0.4,
+    "eval_episodes": 0,
+    "final_episodes": 0,
+    "optimization": OptimizationConfig(ema_decay=0.9),
+}
+
+
+def toy_episodes(rewards):
+    info = DatasetInfo("test/toy-v0", None, 1, (-1.0,), (1.0,))
+    return Episodes.from_episodes(
+        [
+            Episode(np.zeros((len(r) + 1, 1)), np.zeros((len(r), 1)), np.array(r), True, False)
+            for r in rewards
+        ],
+        info,
+    )
+
+
+@pytest.fixture(scope="module")
+def unusual(hopper_id, tmp_path_factory):
+    """A run with settings other than the defaults, and the (first) arguments of what it made."""
+    made = {}
+
+    def noting(name, make):
+        def note(*arguments, **options):
+            made.setdefault(name, (*arguments, options))
+            return make(*arguments, **options)
+
+        return note
+
+    path = tmp_path_factory.mktemp("unusual") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WindowSampler", "Trainer"):
+            patch.setattr(train_module, name, noting(name, getattr(train_module, name)))
+        train(make_config(hopper_id, path, **UNUSUAL))
+    return path, made
+
+
+def test_trained_on_are_the_best_of_the_episodes_that_are_not_held_out(unusual, hopper_id):
+    _, made = unusual
+    episodes, options = made["WindowSampler"]
+    kept, _ = load_dataset(hopper_id).split(0.3, seed=3)
+    assert np.array_equal(episodes.observations, kept.best(0.4).observations)
+    assert episodes.num_steps < kept.num_steps
+    assert options == {"context": 7, "batch_size": 8, "seed": 3, "burn_in": 5}
+
+
+def test_the_averaged_weights_are_those_that_are_saved(unusual):
+    path, _ = unusual
+    state, saved = RunFolder(path).checkpoints.trainer_state(4)["trainer"], weights_of(path)
+    assert all(torch.equal(saved[name], value) for name, value in state["average"].items())
+    assert not torch.equal(saved["head.weight"], state["model"]["head.weight"])
+
+
+def test_a_run_acts_as_it_is_told(unusual):
+    agent = DecisionAgent.load(unusual[0])
+    assert (agent.refresh_every, agent.context) == (3, 7)
+
+
+def test_the_action_error_is_that_of_the_held_out_episodes(unusual, hopper_id):
+    run = RunFolder(unusual[0])
+    _, held_out = load_dataset(hopper_id).split(0.3, seed=3)
+    judge = Trainer(DecisionAgent.load(run.path).model, OptimizationConfig(), total_steps=1)
+    expected = judge.action_error(held_out_batches(run.read_config(), held_out))
+    (found,) = (
+        row["eval/action_error"] for row in run.read_metrics() if "eval/action_error" in row
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_seed_decides_weights_windows_and_dropout(unusual, hopper_id):
+    _, made = unusual
+    assert made["Trainer"][-1]["seed"] == 3
+    episodes = load_dataset(hopper_id)
+    configs = [make_config(hopper_id, None, seed=seed) for seed in (0, 1, 1)]
+    weights = [build_model(config, episodes).head.weight for config in configs]
+    windows = [make_sampler(config, episodes).windows(0) for config in configs]
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+    assert not np.array_equal(windows[0], windows[1])
+    assert np.array_equal(windows[1], windows[2])
+
+
+def test_a_line_of_metrics_has_the_mean_loss_since_the_line_before(finished, hopper_id, tmp_path):
+    options = {"log_every": 1, "eval_episodes": 0, "final_episodes": 0}
+    every = losses_of(train(make_config(hopper_id, tmp_path / "run", **options)))
+    assert list(every) == list(range(1, 13))
+    parts = {5: range(1, 6), 10: range(6, 11), 12: range(11, 13)}
+    expected = {step: np.mean([every[one] for one in part]) for step, part in parts.items()}
+    assert losses_of(finished) == pytest.approx(expected)
+
+
+def test_asked_for_is_what_the_best_tenth_and_all_of_the_data_came_to():
+    rewards = [[2.0] * 5] * 18 + [[12.5] * 8, [45.0] * 2]  # 100 steps; returns of 10, 100, 90
+    best_tenth, everything = (8 * 100 + 2 * 90) / 10, (8 * 100 + 2 * 90 + 90 * 10) / 100
+    assert choose_targets(toy_episodes(rewards)) == pytest.approx((best_tenth, everything))
+    assert choose_targets(toy_episodes([[1.0, 2.0]])) == (3.0,)
+
+
+def test_a_transformer_looks_back_as_far_as_a_window_with_its_burn_in():
+    episodes = toy_episodes([[1.0] * 30])
+    transformer = ModelConfig("transformer", width=8)
+    config = TrainConfig(model=transformer, context=7, burn_in=4)
+    assert complete(config, episodes).model.attention_context == 11
+    told = dataclasses.replace(transformer, attention_context=3)
+    config = dataclasses.replace(config, model=told)
+    assert complete(config, episodes).model.attention_context == 3
+    assert complete(TrainConfig(context=7), episodes).model.attention_context is None
+
+
+def test_returns_of_tasks_that_are_not_the_papers_are_divided_by_the_largest():
+    config = TrainConfig(context=1)
+    assert complete(config, toy_episodes([[5.0, -30.0], [7.0]])).model.return_scale == 30.0
+    assert complete(config, toy_episodes([[0.0]])).model.return_scale == 1e-6
+    told = dataclasses.replace(config, model=ModelConfig(return_scale=2.0))
+    assert complete(told, toy_episodes([[5.0]])).model.return_scale == 2.0
+
+
+def test_the_width_is_that_of_a_model_with_the_parameters_asked_for(hopper_id):
+    config = make_config(hopper_id, None, match_parameters=60_000)
+    completed = complete(config, load_dataset(hopper_id))
+    assert count_parameters(completed.model, 11, 3) == pytest.approx(60_000, rel=0.1)
+    assert completed.model.return_scale == 1000.0
+
+
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory):
+    """A run on data with a bad episode and reference scores of its own, in a task of its own."""
+    environment = gymnasium.make("Pendulum-v1")
+    card = DatasetCard(
+        dataset_id="test/settings/random-v0",
+        environment_id="Pendulum-v1",
+        observation_space=environment.observation_space,
+        action_space=environment.action_space,
+        algorithm_name="random",
+        description="made by a test",
+        reference_scores=(-1200.0, -150.0),
+    )
+    environment.close()
+    observations, actions = np.zeros((13, 3), np.float32), np.zeros((12, 1), np.float32)
+    rewards = [np.full(12, value) for value in (-1.0, np.nan, -2.0)]
+    write_dataset(card, [Episode(observations, actions, r, False, True) for r in rewards])
+    path = tmp_path_factory.mktemp("pendulum") / "run"
+    options = {"steps": 2, "context": 10, "eval_episodes": 1, "final_episodes": 0}
+    config = make_config(card.dataset_id, path, on_bad_episode="drop", **options)
+    with pytest.warns(UserWarning, match="1 of 3 episodes are bad and dropped"):
+        train(config)
+    return path
+
+
+def test_bad_episodes_are_dropped_if_that_is_asked_for(pendulum):
+    assert RunFolder(pendulum).is_finished()
+    assert RunFolder(pendulum).read_config().targets == (-12.0, -18.0)
+
+
+def test_the_model_has_bounds_and_scale_of_the_data(pendulum):
+    model = DecisionAgent.load(pendulum).model
+    assert (model.action_low.tolist(), model.action_high.tolist()) == ([-2.0], [2.0])
+    assert model.return_scale == 24.0
+
+
+def test_scores_are_those_of_the_references_that_the_data_has(pendulum, capsys):
+    def score(value):
+        return pytest.approx((value + 1200) / 10.5)
+
+    evaluations = evaluate_run(pendulum, EvaluateConfig(episodes=2))
+    assert "score in percent" in capsys.readouterr().out
+    for evaluation in evaluations:
+        assert evaluation.references == (-1200.0, -150.0)
+        assert evaluation.normalized["mean"] == score(evaluation.return_mean)
+    rows = [row for row in RunFolder(pendulum).read_metrics() if "eval/-12/return_mean" in row]
+    assert rows
+    for row in rows:
+        assert row["eval/-12/normalized_score_mean"] == score(row["eval/-12/return_mean"])
