@@ -21,6 +21,7 @@ from minrl.agents.backbones.convolution import CausalConvolution
 from minrl.agents.backbones.dropout import Dropout
 from minrl.agents.backbones.mamba import MambaMixer
 from minrl.agents.backbones.mixers import ALL, RecurrentMixer, State
+from minrl.agents.backbones.scan import flags_of_step
 
 # What makes the mixer of a block, given its width; "mlp" has blocks without one.
 MIXERS = {
@@ -119,7 +120,8 @@ class Backbone(nn.Module):
         dropout: See :class:`Block`.
         convolution: See :class:`Block`.
         batch_first: Whether input and output are (B, T, D) rather than (T, B, D).
-        **options: Passed to the mixer: ``expansion`` and so on.
+        **options: Passed to the mixer: ``expansion`` and so on; a transformer needs ``context``,
+            the tokens that it sees.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class Backbone(nn.Module):
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Advance one step, ``forward`` with T = 1: x (B, D), reset (B,) bool."""
-        resets = None if reset is None else reset.unsqueeze(1)
+        resets = flags_of_step(reset, x.shape[0])
         y, state = self._run(x.unsqueeze(1), state, resets, None, ALL)
         return y.squeeze(1), state
 

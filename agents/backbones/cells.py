@@ -17,6 +17,7 @@ from minrl.agents.backbones.nn_errors import (
     check_input,
     check_state,
 )
+from minrl.agents.backbones.scan import flags_of_step
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
 State = Tensor | tuple[Tensor, Tensor]  # a pair (h, c) if there is ``return_cell``
@@ -181,7 +182,7 @@ class _MinimalRNN(nn.Module):
         Returns:
             The output (B, H) and the new state (num_layers, B, H).
         """
-        flags = None if reset is None else reset.unsqueeze(1)
+        flags = flags_of_step(reset, x.shape[0])
         output, h = self._run(x.unsqueeze(1), self._single(h), flags, None, batch_first=True)
         return output.squeeze(1), self._paired(h)
 

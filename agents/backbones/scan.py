@@ -9,6 +9,8 @@ device: pre-activations in, states out. Everything is computed in linear space, 
 h > 0 and cannot express a reset.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -112,16 +114,32 @@ def check_arguments(activation: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"activation must be one of {sorted(CANDIDATES)}, not {activation!r}")
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, sequences = next(iter(given.items()))
+    for name in ("resets", "mask"):
+        if name in given:
+            _check_flags(name, given[name], sequences.shape[:2])
     for name, tensor in given.items():
         if tensor.device != sequences.device:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {sequences.device}")
-        if name in ("resets", "mask") and (
-            tensor.shape != sequences.shape[:2] or tensor.dtype != torch.bool
-        ):
-            raise ValueError(
-                f"{name} must be bool of {tuple(sequences.shape[:2])}, not {tensor.dtype} of "
-                f"{tuple(tensor.shape)}"
-            )
+
+
+def flags_of_step(reset: Tensor | None, batch: int) -> Tensor | None:
+    """Return the resets of one step, (B,), as those of a sequence, (B, 1).
+
+    Raises:
+        ValueError: If they are not bool, or of another shape.
+    """
+    if reset is None:
+        return None
+    _check_flags("reset", reset, (batch,))
+    return reset.unsqueeze(1)
+
+
+def _check_flags(name: str, flags: Tensor, shape: Sequence[int]) -> None:
+    kind = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
+    if kind != torch.bool or flags.shape != shape:
+        given = f"{kind} of {tuple(flags.shape)}" if hasattr(flags, "shape") else kind
+        hint = "" if kind == torch.bool else "; .bool() makes it one of a tensor of 0 and 1"
+        raise ValueError(f"{name} must be bool of {tuple(shape)}, not {given}{hint}")
 
 
 def gated_scan_reference(

@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from minrl import MinGRU, MinLSTM
+from minrl import Backbone, MinGRU, MinLSTM
 
 CELLS = {
     "mingru": MinGRU,
@@ -258,3 +259,24 @@ def test_setting_rows_of_an_initial_state_leaves_the_parameter_alone(make):
     assert (cell.bias_h0 == 0).all()
     cell.initial_state(4).sum().backward()
     assert (cell.bias_h0.grad == 4).all()
+
+
+@both
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (np.zeros(2, bool), r"not ndarray of \(2,\)"),
+        (torch.zeros(2), r"not torch.float32 of \(2,\); .bool\(\) makes it one"),
+        (torch.zeros(3, dtype=torch.bool), r"not torch.bool of \(3,\)"),
+        ([True, False], "not list"),
+    ],
+    ids=["array", "float", "size", "list"],
+)
+def test_flags_that_are_no_bool_tensor_are_named(make, flags, message):
+    cell, x = make(3, 5), torch.randn(4, 2, 3)
+    with pytest.raises(ValueError, match=r"^reset must be bool of \(2,\), " + message):
+        cell.step(x[0], reset=flags)
+    with pytest.raises(ValueError, match=r"^reset must be bool of \(2,\), " + message):
+        Backbone(8).step(torch.randn(2, 8), reset=flags)
+    with pytest.raises(ValueError, match=r"resets must be bool of \(4, 2\), not "):
+        cell(x, resets=flags)
