@@ -73,8 +73,6 @@ class DecisionAgent:
         self.target_return = _checked_target(target_return)
         self._context = _checked_count("context", context, 1)
         self.refresh_every = refresh_every
-        if not self.refresh_every:
-            refuse_much_memory(model, 0)
         self._policy = StepPolicy(model)
         self.info = info or {}
         self.device = model.action_low.device
@@ -247,8 +245,7 @@ class DecisionAgent:
     @refresh_every.setter
     def refresh_every(self, steps: int) -> None:
         steps = _checked_count("refresh_every", steps, 0)
-        if steps:
-            refuse_much_memory(self.model, self.context)
+        refuse_much_memory(self.model, self.context if steps else 0)
         self._refresh_every = steps
 
     @property

@@ -134,7 +134,6 @@ class GuardedFile:
     def _close(self) -> None:
         self._file.close()
         self._bytes.close()
-        self._bytes.close()
 
     def _refuse(self, name: str, what: str) -> NoReturn:
         raise DatasetError(f"{self._path}: {name} {what}, which minrl refuses")

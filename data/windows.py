@@ -94,7 +94,7 @@ class WindowSampler:
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What :meth:``windows`` counts the rows of: observations, actions and returns-to-go."""
+        """What :meth:`windows` counts the rows of: observations, actions and returns-to-go."""
         return self._episodes.observations, self._episodes.actions, self._returns_to_go
 
     def windows(self, step: int) -> np.ndarray:

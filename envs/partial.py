@@ -25,7 +25,7 @@ class HideVelocities(
 
     Args:
         env: An environment with a one-dimensional Box observation.
-        indices: Entries to hide; if not given, those that :data:``VELOCITIES`` has for the
+        indices: Entries to hide; if not given, those that :data:`VELOCITIES` has for the
             environment's id.
 
     Raises:

@@ -97,12 +97,8 @@ def _compare(
             values["seeds_at_most"] = max(len(table[name, task]) for task in common)
         if checkpoint == "last":
             comparison["profiles"] = _profiles(by_method)
-            by_name = {
-                name: {task: of[task] for task in common if task in of}
-                for name in by_method
-                for of in [_by_task(cells, name)]
-            }
-            comparison["improvement"] = _improvements(by_method, by_name)
+            shared = [cell for cell in cells if cell["task"] in common]
+            comparison["improvement"] = _improvements(by_method, shared)
     return comparison
 
 
@@ -134,7 +130,7 @@ def _profiles(by_method: dict[str, list[np.ndarray]]) -> dict[str, Any]:
 
 
 def _improvements(
-    by_method: dict[str, list[np.ndarray]], by_name: dict[str, dict[int, dict]]
+    by_method: dict[str, list[np.ndarray]], cells: list[dict]
 ) -> list[dict[str, Any]]:
     """Compare ours with the others: chances to be better, and differences by task and seed."""
     return [
@@ -151,7 +147,7 @@ def _improvements(
         for own in OURS
         for rival in by_method
         if own in by_method and rival != own and not (rival in OURS and rival < own)
-        for pairs in [_pairs(by_name[own], by_name[rival])]
+        for pairs in [_pairs(_by_task(cells, own), _by_task(cells, rival))]
     ]
 
 
