@@ -36,6 +36,13 @@ MIXER_FIELDS = {
 }
 
 
+def ignored_fields(backbone: str) -> set[str]:
+    """Return the fields of a ModelConfig that are for other mixers than this one."""
+    of_mixers = {name for fields in MIXER_FIELDS.values() for name in fields}
+    ignored = of_mixers.difference(MIXER_FIELDS[backbone])
+    return ignored if backbone == "transformer" else ignored | {"attention_context"}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a :class:`TrajectoryModel`."""

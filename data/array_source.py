@@ -14,6 +14,8 @@ from minrl.data.minari_writer import DatasetCard
 from minrl.data.validate import OnBadEpisode
 from minrl.errors import DatasetError
 
+_GYMNASIUM = {"terminals": "terminated", "timeouts": "truncated"}
+
 
 def import_arrays(
     path: str | Path, card: DatasetCard, on_bad_episode: OnBadEpisode = "raise"
@@ -46,14 +48,16 @@ def _read(path: Path, card: DatasetCard) -> Columns:
         raise DatasetError(f"{path} is not an .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:
-            given = {name: file[name] for name in Columns._fields if name in file}
+            names = file.files
+            given = {name: file[name] for name in Columns._fields if name in names}
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DatasetError(f"{path} cannot be read as an .npz file: {error}") from error
     for name in Columns._fields:
         if name not in (*given, "next_observations"):
-            there = ", ".join(given) or "none of them"
-            raise DatasetError(f"{path} has no array {name!r}; it has {there}")
-    rows = count_rows(given["rewards"], path)
+            hint = f" ({name} are Gymnasium's {_GYMNASIUM[name]})" if name in _GYMNASIUM else ""
+            there = ", ".join(names) or "none at all"
+            raise DatasetError(f"{path} has no array {name!r}{hint}; it has {there}")
+    rows = count_rows(given.values(), path)
     shapes = {
         "observations": (rows, *card.observation_space.shape),
         "next_observations": (rows, *card.observation_space.shape),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,15 +115,16 @@ def sound_episodes(
     return [episode for index, episode in enumerate(episodes) if index not in bad]
 
 
-def count_rows(rewards: np.ndarray, path: Path) -> int:
-    """Return N, the number of steps; every layout has rewards.
+def count_rows(columns: Iterable[np.ndarray], path: Path) -> int:
+    """Return N, the number of steps: what most columns have, so that the odd one is blamed.
 
     Raises:
         DatasetError: there are none.
     """
-    if rewards.ndim == 0 or len(rewards) == 0:
+    rows = statistics.mode(len(values) if values.ndim else 0 for values in columns)
+    if rows == 0:
         raise DatasetError(f"{path}: no rows")
-    return len(rewards)
+    return rows
 
 
 def fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None) -> np.ndarray:

@@ -77,6 +77,8 @@ def import_d4rl(
     task_name, default_id = _name(path, dataset_id)
     dataset_id = check_id(dataset_id or default_id)
     task = _TASKS[task_name]
+    if not path.is_file():
+        raise DatasetError(f"there is no file {path}")
     columns = _read(path, task)
     card = _describe(path, dataset_id, task, columns, (reference_scores or {}).get(task_name))
     write_columns(columns, card, _MAX_EPISODE_STEPS, on_bad_episode)
@@ -103,7 +105,7 @@ def _read(path: Path, task: _Task) -> Columns:
     try:
         with GuardedFile(path) as file:
             rewards = _column(file, "rewards", path)
-            rows = count_rows(rewards, path)
+            rows = count_rows([rewards], path)
             wide = (rows, task.observation_size)
             following = file.read("next_observations")
             timeouts = file.read("timeouts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import warnings
@@ -102,10 +103,10 @@ def write_dataset(card: DatasetCard, episodes: Sequence[Episode]) -> None:
 
 def _create(card: DatasetCard, episodes: Sequence[Episode]) -> None:
     """Let Minari write the files."""
-    import gymnasium
     import minari
     from minari.data_collector import EpisodeBuffer
 
+    specification = _specification(card.environment_id)
     buffers = [
         EpisodeBuffer(id=index, **episode.arrays()) for index, episode in enumerate(episodes)
     ]
@@ -124,11 +125,32 @@ def _create(card: DatasetCard, episodes: Sequence[Episode]) -> None:
             description=card.description,
             requirements=list(card.requirements),
         )
-    specification = gymnasium.spec(card.environment_id).to_json()
     metadata = {"env_spec": specification, "eval_env_spec": specification}
     if card.reference_scores is not None:
         metadata["ref_min_score"], metadata["ref_max_score"] = card.reference_scores
     dataset.storage.update_metadata(metadata)
+
+
+def _specification(environment_id: str) -> str:
+    """Return what an environment is registered as, in Gymnasium's JSON.
+
+    Raises:
+        DatasetError: it is registered with what JSON cannot hold.
+    """
+    import gymnasium
+
+    spec = gymnasium.spec(environment_id)
+    maker = spec.entry_point
+    if callable(maker):  # which Gymnasium does not write; the name of it says the same
+        name = getattr(maker, "__qualname__", type(maker).__name__)  # a partial has none
+        maker = f"{maker.__module__}:{name}"
+    try:
+        return dataclasses.replace(spec, entry_point=maker, vector_entry_point=None).to_json()
+    except (TypeError, ValueError) as error:
+        raise DatasetError(
+            f"environment {environment_id} is registered with arguments that a dataset's metadata "
+            f"cannot hold ({error}); register it with numbers and text"
+        ) from error
 
 
 def _make_namespace(dataset_id: str) -> None:

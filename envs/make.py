@@ -52,7 +52,8 @@ def _near_matches(environment_id: str) -> str:
     known = {identifier.lower(): identifier for identifier in gymnasium.registry}
     matches = difflib.get_close_matches(environment_id.lower(), known, n=4, cutoff=0.6)
     names = sorted((known[match] for match in matches), reverse=True)
-    return f"did you mean {', '.join(names)}?" if names else "see gymnasium.registry for all ids"
+    hint = f"did you mean {', '.join(names)}?" if names else "gymnasium.registry has all ids."
+    return f"{hint} If it is your own, import its module first: minrl --import MODULE ..."
 
 
 def find_spec(environment_id: str) -> EnvSpec:
@@ -66,7 +67,8 @@ def find_spec(environment_id: str) -> EnvSpec:
     if ":" in environment_id:
         raise EnvError(
             f"environment id {environment_id!r} names a module to import, which is refused; import "
-            "the module that registers the environment yourself and give the id after the colon"
+            "the module that registers the environment yourself (minrl --import MODULE ...) and "
+            "give the id after the colon"
         )
     if environment_id not in gymnasium.registry:
         raise EnvError(f"unknown environment {environment_id!r}: {_near_matches(environment_id)}")

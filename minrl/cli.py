@@ -48,12 +48,12 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"minrl {__version__}")
         return 0
-    command, *rest = arguments
-    if command not in COMMANDS:
-        print(f"minrl: error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
-        return 2
     warnings.showwarning = _show_warning
     try:
+        command, *rest = _import_first(arguments)
+        if command not in COMMANDS:
+            print(f"minrl: error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+            return 2
         return _RUN[command](rest)
     except BrokenPipeError:
         raise
@@ -65,16 +65,31 @@ def _run(arguments: list[str]) -> int:
         return INTERRUPTED
 
 
+def _import_first(arguments: list[str]) -> list[str]:
+    """Import the modules named before the command; return the rest of the arguments."""
+    from minrl.scripts.imports import add_import, import_named
+
+    import_named()
+    while arguments and arguments[0].partition("=")[0] == "--import":
+        flag, equals, name = arguments.pop(0).partition("=")
+        name = name if equals or not arguments else arguments.pop(0)
+        if not name or not arguments:
+            raise ConfigError(f"{flag} needs the name of a module, and then a command")
+        add_import(name)
+    return arguments
+
+
 def usage() -> str:
     """Return the list of commands."""
     lines = [f"  minrl {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: minrl COMMAND [options]",
+            "usage: minrl [--import MODULE] COMMAND [options]",
             "",
             *lines,
             "",
-            "minrl COMMAND --help explains each option, minrl --version tells the version.",
+            "minrl COMMAND --help explains each option, minrl --version tells the version;",
+            "--import MODULE first imports a module of yours that registers environments.",
         ]
     )
 

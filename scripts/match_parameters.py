@@ -7,6 +7,7 @@ import math
 import torch
 
 from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.errors import ConfigError
 
 LARGEST_WIDTH = 4096
 
@@ -24,6 +25,9 @@ def match_width(
     """Return the width with which a model comes nearest to a number of parameters.
 
     Widths are multiples of 4, and of the heads of a transformer.
+
+    Raises:
+        ConfigError: If no width comes near.
     """
     unit = math.lcm(4, config.num_heads)
 
@@ -33,5 +37,11 @@ def match_width(
 
     widths = range(unit, LARGEST_WIDTH + 1, unit)
     above = bisect.bisect_left(widths, parameters, key=count)
-    nearest = widths[max(above - 1, 0) : above + 1] or widths[-1:]
+    nearest = widths[max(above - 1, 0) : above + 1]
+    if above in (0, len(widths)) and count(nearest[0]) != parameters:
+        least, most = count(widths[0]), count(widths[-1])
+        raise ConfigError(
+            f"match-parameters must be from {least} to {most} for {config.backbone} here, not "
+            f"{parameters}"
+        )
     return min(nearest, key=lambda width: abs(count(width) - parameters))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import tyro
 
 from minrl.agents.backbones.blocks import MIXERS
-from minrl.agents.trajectory import MIXER_FIELDS
+from minrl.agents.trajectory import ignored_fields
 from minrl.data.dataset_ids import EMBEDDED_IDS, check_id
 from minrl.data.minari_source import load_dataset
 from minrl.errors import ConfigError
@@ -82,8 +82,8 @@ class StudyConfig:
         for name in ("seeds", "workers", "cpus"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.gpus < 0:
-            raise ConfigError(f"gpus must be at least 0, not {self.gpus}")
+        if self.gpus < 0 or (self.gpus and not self.ray):
+            raise ConfigError(f"gpus must be at least 0, and 0 without --ray, not {self.gpus}")
         if self.match_parameters and any(field.startswith("width=") for field in self.vary):
             raise ConfigError("width is chosen by --match-parameters: it cannot be varied too")
 
@@ -153,12 +153,10 @@ def methods_of(study: StudyConfig, dataset: tuple[str, ...]) -> list[tuple[str, 
 
 def settings_of(vary: tuple[str, ...], backbone: str) -> list[str]:
     """Split name=first,second into name=first and name=second; leave out what has no effect."""
-    fields_of_some = {name for fields in MIXER_FIELDS.values() for name in fields}
-    settings = []
+    ignored, settings = ignored_fields(backbone), []
     for field in vary:
         name, _, values = field.partition("=")
-        field_name = name.replace("-", "_")
-        if field_name not in fields_of_some or field_name in MIXER_FIELDS[backbone]:
+        if name.replace("-", "_") not in ignored:
             settings += [f"{name}={value}" for value in values.split(",")]
     return settings
 

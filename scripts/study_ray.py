@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from minrl.errors import AdapterError, ConfigError
+from minrl.scripts import imports
 from minrl.scripts.study_run import carry_out, log_of
 from minrl.scripts.study_workers import last_line
 from minrl.scripts.train_config import TrainConfig
 
 RETRIES = 10
-DATASETS = "MINARI_DATASETS_PATH"
+# Folder of the Minari datasets (where it is not shared, a node makes its own), and own modules.
+PASSED_ON = ("MINARI_DATASETS_PATH", imports.VARIABLE)
 
 
 class RayWorkers:
@@ -46,7 +48,8 @@ class RayWorkers:
             max_retries=RETRIES,
             max_calls=1,  # a process of its own for each run
         )(carry_out_with_log)
-        where = str(Path.cwd()), os.environ.get(DATASETS)
+        variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        where = str(Path.cwd()), variables
         self._started = time.time()
         self._tasks = {task.remote(run.to_json(), cpus, *where): run for run in runs}
 
@@ -109,7 +112,7 @@ def warn_of_too_little(resources: dict[str, float], cpus: int, gpus: float) -> N
 
 
 def carry_out_with_log(
-    values: dict[str, Any], threads: int, directory: str, datasets: str | None
+    values: dict[str, Any], threads: int, directory: str, variables: dict[str, str]
 ) -> str | None:
     """Carry out a run on a node of the cluster; return what went wrong, None if it is done.
 
@@ -117,11 +120,10 @@ def carry_out_with_log(
         values: Of the run's configuration, as JSON has them.
         threads: Of PyTorch.
         directory: Where relative paths start.
-        datasets: Folder of the Minari datasets; where it is not shared, a node makes its own.
+        variables: To set in the environment.
     """
     os.chdir(directory)
-    if datasets:
-        os.environ[DATASETS] = datasets
+    os.environ.update(variables)
     run = TrainConfig.from_json(values)
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -130,6 +132,7 @@ def carry_out_with_log(
         contextlib.redirect_stderr(log),
     ):
         try:
+            imports.import_named()
             return None if carry_out(run, threads) else "stopped by a signal"
         except Exception:
             traceback.print_exc()

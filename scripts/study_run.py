@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 
 from minrl.errors import INTERRUPTED, CheckpointError
+from minrl.scripts.imports import import_named
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
@@ -117,6 +118,7 @@ def main() -> int:
     """Carry out the run described on standard input; return the exit status."""
     job = json.loads(sys.stdin.readline())
     stop_with_parent()
+    import_named()
     return 0 if carry_out(TrainConfig.from_json(job["config"]), job["threads"]) else INTERRUPTED
 
 

@@ -21,7 +21,7 @@ from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.data.windows import Batch, WindowSampler
-from minrl.errors import CheckpointError, ConfigError, DatasetError
+from minrl.errors import CheckpointError, ConfigError, DatasetError, EnvError
 from minrl.scripts.evaluate import (
     EvaluateConfig,
     check_environment,
@@ -80,7 +80,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
                     )
                 unevaluated = not run.was_evaluated(config, trainer.step_count)
                 continue_run(run, config, trainer.step_count, evaluated=not unevaluated)
-            describe(run, episodes, trainer)
+            describe(run, config, episodes, trainer)
             with run.metrics(trainer.step_count) as metrics, interruption() as asked:
                 batches = held_out_batches(config, held_out)
                 recorder = Recorder(run, metrics, config, trainer, episodes.info, batches, losses)
@@ -115,9 +115,13 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
     """
     recorded_in = episodes.info.environment_id
     name = config.environment or recorded_in
-    if name is not None:
-        sizes = episodes.observations.shape[1], episodes.actions.shape[1]
-        check_environment(name, sizes, recorded_in, "the data")
+    sizes = episodes.observations.shape[1], episodes.actions.shape[1]
+    if name is not None and (config.eval_episodes or config.final_episodes):
+        try:
+            check_environment(name, sizes, recorded_in, "the data")
+        except EnvError as error:
+            unplayed = "to train without playing, --eval-episodes 0 --final-episodes 0"
+            raise EnvError(f"{error}; {unplayed}") from error
     if config.context > episodes.lengths.max():
         raise ConfigError(
             f"context must be from 1 to {episodes.lengths.max()}, the longest episode of "
@@ -128,7 +132,6 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
     if model.attention_context is None and model.backbone == "transformer":
         model = dataclasses.replace(model, attention_context=config.burn_in + config.context)
     if config.match_parameters is not None:
-        sizes = episodes.observations.shape[1], episodes.actions.shape[1]
         width = match_width(model, *sizes, config.match_parameters)
         model = dataclasses.replace(model, width=width)
     if model.return_scale is None:
@@ -237,13 +240,17 @@ def continue_run(run: RunFolder, config: TrainConfig, step: int, *, evaluated: b
     run.forget_after(step, evaluated=evaluated)
 
 
-def describe(run: RunFolder, episodes: Episodes, trainer: Trainer) -> None:
+def describe(run: RunFolder, config: TrainConfig, episodes: Episodes, trainer: Trainer) -> None:
     """Print what is about to be trained, on what, and where it goes."""
     info, model = episodes.info, trainer.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"data   {info.dataset_id}: {episodes.num_episodes} episodes, {episodes.num_steps} steps")
     print(f"model  {model.config.backbone}, {parameters:,} parameters, on {trainer.device}")
     print(f"run    {run.path}")
+    if ignored := config.without_effect():
+        warnings.warn(
+            f"of no effect with {model.config.backbone}: {', '.join(ignored)}", stacklevel=2
+        )
 
 
 def load_first_on_rank_zero(config: TrainConfig, rank: int) -> Episodes:

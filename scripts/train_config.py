@@ -10,7 +10,7 @@ from typing import Any
 
 from minrl.agents.field_types import wrong_types
 from minrl.agents.training import OptimizationConfig
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.trajectory import ModelConfig, ignored_fields
 from minrl.errors import ConfigError
 
 DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"
@@ -143,6 +143,15 @@ class TrainConfig:
                 problems.append(f"{name} must be {wanted}, not {getattr(self, name)!r}")
         if problems:
             raise ConfigError("; ".join(_with_flag_name(problem) for problem in problems))
+
+    def without_effect(self) -> list[str]:
+        """Return the names of the flags that are set and that this backbone does not look at."""
+        default = ModelConfig()
+        return [
+            name.replace("_", "-")
+            for name in sorted(ignored_fields(self.model.backbone))
+            if getattr(self.model, name) != getattr(default, name)
+        ]
 
     @property
     def selection_seed(self) -> int:

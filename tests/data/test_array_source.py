@@ -1,3 +1,5 @@
+import gymnasium
+import minari
 import numpy as np
 import pytest
 
@@ -69,7 +71,13 @@ def test_next_observations_and_reference_scores_are_kept(save):
         ),
         ({"actions": np.zeros(24)}, r"actions have shape \(24,\), expected \(25, 1\)"),
         ({"rewards": np.array(["a"] * 25)}, "rewards are <U1, not real numbers"),
-        ({"rewards": np.float64(3)}, "no rows"),
+        ({"rewards": np.float64(3)}, r"rewards have shape \(\), expected \(25,\)"),
+        ({"rewards": np.zeros(24)}, r"rewards have shape \(24,\), expected \(25,\)"),
+        (dict.fromkeys(make_arrays(), np.zeros(0)), "no rows"),
+        (
+            {"terminals": None, "terminated": np.zeros(25)},
+            r"no array 'terminals' \(terminals are Gymnasium's terminated\); .* timeouts, term",
+        ),
         ({"terminals": np.full(25, np.nan)}, "terminals must be 0 or 1 each, not nan as at step 0"),
         ({"timeouts": np.arange(25)}, "timeouts must be 0 or 1 each, not 2 as at step 2"),
         ({"rewards": np.full(25, np.nan)}, r"rule finite, episode 0, step 0: rewards = nan"),
@@ -90,6 +98,26 @@ def test_reference_scores_that_are_no_scale_are_refused(save, scores):
             save(), id="test/arrays/wrong-v0", reference_scores=scores, **PENDULUM
         )
     assert not dataset_folder("test/arrays/wrong-v0").exists()
+
+
+@pytest.mark.parametrize("name", ["entry_point", "kwargs"])
+def test_environments_registered_with_classes_are_written_or_named(save, monkeypatch, name):
+    from gymnasium.envs.classic_control import PendulumEnv
+
+    given = {"entry_point": PendulumEnv} | (
+        {"kwargs": {"g": np.ones(1)}} if name == "kwargs" else {}
+    )
+    monkeypatch.setattr(gymnasium, "registry", dict(gymnasium.registry))
+    monkeypatch.setattr("gymnasium.envs.registration.registry", gymnasium.registry)
+    gymnasium.register("Mine-v0", max_episode_steps=10, **given)
+    if name == "kwargs":
+        with pytest.raises(DatasetError, match="Mine-v0 is registered with arguments that a data"):
+            import_arrays_command(save(), id="test/arrays/odd-v0", environment="Mine-v0")
+        assert not dataset_folder("test/arrays/odd-v0").exists()
+    else:
+        import_arrays_command(save(), id="test/arrays/own-v0", environment="Mine-v0")
+        made = minari.load_dataset("test/arrays/own-v0").recover_environment()
+        assert isinstance(made.unwrapped, PendulumEnv)
 
 
 def test_the_ids_of_embedded_datasets_are_refused(save):

@@ -76,6 +76,7 @@ WRONG = {
     "seeds": ({"seeds": 0}, "seeds must be at least 1, not 0"),
     "workers": ({"workers": 0}, "workers must be at least 1, not 0"),
     "gpus": ({"gpus": -1.0}, "gpus must be at least 0"),
+    "gpus of this machine": ({"gpus": 0.5}, "and 0 without --ray, not 0.5"),
     "quote": ({"more": ("targets='3600",)}, "cannot be read: No closing quotation"),
     "form": ({"more": ("steps",)}, "'steps' must be of the form name=value"),
     "value": ({"vary": ("tokens=joint,wrong",)}, "tokens must be one of .*, not 'wrong'"),

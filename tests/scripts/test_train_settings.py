@@ -1,6 +1,7 @@
 """Settings decide what is trained, on what, and how it acts: none is ignored."""
 
 import dataclasses
+import itertools
 
 import gymnasium
 import numpy as np
@@ -9,14 +10,16 @@ import torch
 from small_runs import losses_of, make_config, weights_of
 
 from minrl import DecisionAgent
+from minrl.agents.backbones.blocks import MIXERS
 from minrl.agents.training import OptimizationConfig, Trainer
 from minrl.agents.trajectory import ModelConfig
 from minrl.data.episodes import DatasetInfo, Episode, Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.data.minari_writer import DatasetCard, write_dataset
+from minrl.errors import ConfigError, EnvError
 from minrl.scripts import train as train_module
 from minrl.scripts.evaluate import EvaluateConfig, evaluate_run
-from minrl.scripts.match_parameters import count_parameters
+from minrl.scripts.match_parameters import count_parameters, match_width
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import (
     build_model,
@@ -26,7 +29,7 @@ from minrl.scripts.train import (
     make_sampler,
     train,
 )
-from minrl.scripts.train_config import TrainConfig
+from minrl.scripts.train_config import PRESETS, TrainConfig
 
 UNUSUAL = {
     "seed": 3,
@@ -158,6 +161,36 @@ def test_the_width_is_that_of_a_model_with_the_parameters_asked_for(hopper_id):
     completed = complete(config, load_dataset(hopper_id))
     assert count_parameters(completed.model, 11, 3) == pytest.approx(60_000, rel=0.1)
     assert completed.model.return_scale == 1000.0
+
+
+@pytest.mark.parametrize("parameters", [10, 10**9])
+def test_a_number_of_parameters_that_no_width_has_is_refused(parameters):
+    with pytest.raises(
+        ConfigError, match=f"from 783 to 553906179 for mingru here, not {parameters}"
+    ):
+        match_width(ModelConfig(max_timestep=0), 11, 3, parameters)
+
+
+def test_flags_without_effect_are_named(hopper_id, tmp_path):
+    model = ModelConfig("gru", candidate="tanh", attention_context=3, width=8, num_layers=1)
+    unplayed = {"eval_episodes": 0, "final_episodes": 0}
+    config = make_config(hopper_id, tmp_path / "run", model=model, steps=1, **unplayed)
+    with pytest.warns(UserWarning, match="of no effect with gru: attention-context, candidate$"):
+        train(config)
+
+
+def test_every_preset_says_nothing_without_effect():
+    for preset, backbone in itertools.product(PRESETS.values(), MIXERS):
+        assert preset(backbone=backbone).without_effect() == []
+
+
+def test_without_playing_no_environment_is_needed(hopper_id, monkeypatch, tmp_path):
+    monkeypatch.delitem(gymnasium.registry, "Hopper-v5")
+    config = make_config(hopper_id, tmp_path / "run")
+    with pytest.raises(EnvError, match="to train without playing, --eval-episodes 0 --final-"):
+        train(config)
+    train(dataclasses.replace(config, eval_episodes=0, final_episodes=0))
+    assert RunFolder(config.run_dir).is_finished()
 
 
 @pytest.fixture(scope="module")
