@@ -2,7 +2,7 @@
 
 import numbers
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from minrl import __version__
 from minrl.agents.agent_header import build_model, check_info, refuse_much_memory
-from minrl.agents.checkpoint import CheckpointFolder, is_finite_number, load_weights, pack_weights
+from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights
+from minrl.agents.devices import choose_device
 from minrl.agents.fast_step import fast_step
 from minrl.agents.files import write_atomically
 from minrl.agents.plain_step import plain_step
 from minrl.agents.recent_steps import RecentSteps
+from minrl.agents.starts import Starts, checked_target
 from minrl.agents.step_policy import StepPolicy
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError, ConfigError
@@ -70,7 +72,7 @@ class DecisionAgent:
         info: dict | None = None,
     ):
         self._model = model.eval()
-        self.target_return = _checked_target(target_return)
+        self.target_return = checked_target(target_return)
         self._context = _checked_count("context", context, 1)
         self.refresh_every = refresh_every
         self._policy = StepPolicy(model)
@@ -78,48 +80,29 @@ class DecisionAgent:
         self.device = model.action_low.device
         self._step: Callable | None = None  # found, perhaps compiled, when first needed
         self._state: AgentState | None = None
-        self._starts = np.ones(0, dtype=bool)
-        self._targets = np.zeros(0)
-        self._asked: float | None = None  # by the last reset of all
+        self._starts = Starts()
         self._watched_rewards: np.ndarray | None = None
 
     def reset(
         self,
         mask: np.ndarray | None = None,
         *,
-        target_return: float | None = None,
+        target_return: float | Sequence[float] | np.ndarray | None = None,
         num_envs: int | None = None,
     ) -> None:
         """Start new episodes at the next ``act``.
 
         Args:
             mask: (B,) bool, True for the environments that start anew; all by default.
-            target_return: Return to ask of them, in reward units; by default the agent's own.
-            num_envs: B, where it is not that of before and ``mask`` is not given.
+            target_return: Return to ask of them, in reward units, one for all or (B,), of which
+                those count that start anew; by default the agent's own.
+            num_envs: B, where it is not that of before and neither ``mask`` nor targets tell it.
 
         Raises:
-            ValueError: If ``mask`` is not of that type and shape, ``num_envs`` less than 1, or the
+            ValueError: If ``mask`` is not of that type and shape, ``num_envs`` less than 1, or a
                 target not finite; likewise if another number of environments goes on acting.
         """
-        if target_return is not None:
-            target_return = _checked_target(target_return)
-        if mask is None:
-            batch = max(len(self._starts), 1) if num_envs is None else num_envs
-            if batch < 1:
-                raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-            mask = np.ones(batch, dtype=bool)
-        mask = np.asarray(mask)
-        if mask.dtype != bool or mask.ndim != 1:
-            raise ValueError(
-                "mask must be (B,) bool, True for the environments that start anew, not "
-                f"{mask.shape} {mask.dtype}"
-            )
-        if mask.all():
-            self._asked = target_return
-            self._starts[:] = True
-        self._resize(len(mask))
-        self._starts = self._starts | mask
-        self._targets[mask] = self.target_return if target_return is None else target_return
+        self._starts.announce(mask, target_return, num_envs, self.target_return)
 
     def act(
         self, observations: np.ndarray, rewards: np.ndarray | float | None = None
@@ -143,13 +126,13 @@ class DecisionAgent:
         self._check(observations)
         batch = len(observations)
         rewards = None if rewards is None else _checked_rewards(rewards, batch)
-        self._resize(batch)
-        if self._state is None or self._starts.all():
+        starts = self._starts
+        if starts.resize(batch, self.target_return) or self._state is None or starts.flags.all():
             self._state = self._fresh_state(batch)
         actions, self._state = self._advance(
-            self._state, observations, rewards, self._starts, self._targets
+            self._state, observations, rewards, starts.flags, starts.targets
         )
-        self._starts = np.zeros(batch, dtype=bool)
+        starts.clear()
         return actions
 
     def predict(
@@ -212,8 +195,9 @@ class DecisionAgent:
 
         Raises:
             CheckpointError: If there is none, or it is damaged or does not fit this version.
-            ConfigError: If ``checkpoint`` is neither of the two.
+            ConfigError: If ``checkpoint`` is neither of the two, or there is no such device.
         """
+        device = choose_device(device)
         if checkpoint not in ("last", "best"):
             raise ConfigError(f"checkpoint must be last or best, not {checkpoint!r}")
         path = Path(path)
@@ -278,20 +262,6 @@ class DecisionAgent:
             },
         }
 
-    def _resize(self, batch: int) -> None:
-        """Take another number of environments, if none of those of before is in an episode."""
-        before = len(self._starts)
-        if batch == before:
-            return
-        if not self._starts.all():
-            raise ValueError(
-                f"{before} environments are in the middle of episodes, and now there are {batch}: "
-                f"call reset(num_envs={batch}) if all start anew"
-            )
-        target = self.target_return if self._asked is None else self._asked
-        self._state = None
-        self._starts, self._targets = np.ones(batch, dtype=bool), np.full(batch, target)
-
     def _fresh_state(self, batch: int) -> AgentState:
         window = None
         if self.refresh_every:
@@ -343,13 +313,6 @@ def _checked_count(name: str, value: int, least: int) -> int:
     if not isinstance(value, numbers.Integral) or value < least:
         raise ConfigError(f"{name} must be a whole number from {least}, not {value!r:.50}")
     return int(value)
-
-
-def _checked_target(value: float) -> float:
-    """Return a target return as a plain float, which JSON can hold."""
-    if not isinstance(value, numbers.Real) or not is_finite_number(float(value)):
-        raise ConfigError(f"target_return must be a finite number, not {value!r:.50}")
-    return float(value)
 
 
 def _checked_rewards(rewards: Any, batch: int) -> np.ndarray:

@@ -121,6 +121,8 @@ def export_agent(agent: DecisionAgent, path: Path | str, to: str) -> float:
                     "versions of torch and onnxruntime"
                 )
             unchecked.replace(path)
+    except PermissionError as error:
+        raise ExportError(f"{path} cannot be written ({error}): give --output") from error
     except ModuleNotFoundError as error:
         raise ExportError(
             f"{error.name} is missing, which --to onnx needs: "

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -21,23 +20,6 @@ from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, TrainingError
 
 SKIPS_ALLOWED = 10
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device, "auto" being a GPU if there is one, each process of torchrun its own.
-
-    Raises:
-        ConfigError: If there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and dist.is_torchelastic_launched():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ def dataset_lock(dataset_id: str) -> Iterator[None]:
     try:
         locks.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DatasetError(f"cannot write datasets below {datasets_root()}: {error}") from error
+        raise DatasetError(
+            f"cannot write datasets below {datasets_root()} (MINARI_DATASETS_PATH): {error}"
+        ) from error
     with filelock.FileLock(locks / f"{check_id(dataset_id).replace('/', '--')}.lock"):
         yield
 

@@ -60,10 +60,15 @@ def find_spec(environment_id: str) -> EnvSpec:
     """Return what an environment is registered as.
 
     Raises:
-        EnvError: the id is unknown (near matches are named), or names a module to import.
+        EnvError: the id is unknown (near matches are named), no text, or names a module to import.
     """
     import gymnasium
 
+    if not isinstance(environment_id, str):
+        raise EnvError(
+            "an environment is named by its Gymnasium id, such as 'Hopper-v5', not by "
+            f"{environment_id!r:.80}"
+        )
     if ":" in environment_id:
         raise EnvError(
             f"environment id {environment_id!r} names a module to import, which is refused; import "

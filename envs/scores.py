@@ -33,6 +33,10 @@ def reference_scores(name: str) -> tuple[float, float]:
     Raises:
         EnvError: no part of the name is a task with known scores.
     """
+    if not isinstance(name, str):
+        raise EnvError(
+            f"reference scores are known by a name such as 'Hopper-v5', not {name!r:.50}"
+        )
     for part in re.split(r"[/-]", name.lower()):
         if part in REFERENCE_SCORES:
             return REFERENCE_SCORES[part]

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from minrl.agents.backbones.scan_torch import PARTS
-from minrl.agents.training import choose_device
+from minrl.agents.devices import choose_device
 from minrl.errors import ConfigError
 from minrl.scripts.benchmarks.cases import (
     DIRECTIONS,

@@ -20,7 +20,6 @@ import torch
 
 from minrl import __version__
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.training import choose_device
 from minrl.data.behaviours import make_embedded_dataset
 from minrl.data.dataset_ids import datasets_root, temporary_datasets
 from minrl.data.episodes import Episodes
@@ -201,7 +200,7 @@ def check_round_trip(device: str) -> tuple[str, str]:
         clock.lap("data")
         run = train(_small_run(device, Path(folder) / "run"))
         clock.lap(f"{TRAINING_STEPS} training steps")
-        agent = DecisionAgent.load(run, checkpoint="last", device=choose_device(device))
+        agent = DecisionAgent.load(run, checkpoint="last", device=device)
         evaluate(agent, ENVIRONMENT, episodes=2, max_episode_steps=ACTING_STEPS // 2)
         clock.lap("saved, loaded, acted")
         difference = difference_to_training(agent, episodes)

@@ -10,7 +10,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.training import choose_device
 from minrl.envs.evaluation import Evaluation
 from minrl.envs.make import make_limited_env
 from minrl.envs.rollout import evaluate
@@ -168,7 +167,7 @@ def load_agent(
     """
     if not Path(run).is_dir():
         raise ConfigError(f"{run} is not the folder of a run")
-    agent = DecisionAgent.load(run, checkpoint=checkpoint, device=choose_device(config.device))
+    agent = DecisionAgent.load(run, checkpoint=checkpoint, device=config.device)
     if missing := {"step", "environment", "dataset"} - agent.info.keys():
         raise CheckpointError(f"the {checkpoint} checkpoint of {run} has no {min(missing)}")
     if config.refresh_every is not None:
@@ -231,12 +230,13 @@ TABLE_HEAD = (
 
 def table_row(name: str, step: int, evaluation: Evaluation) -> str:
     """Return one line of the table."""
-    low, high = evaluation.interval_95
-    score = "-"
-    if evaluation.normalized:
-        score = f"{evaluation.normalized['mean']:.1f} ± {evaluation.normalized['std']:.1f}"
-    returns = f"{evaluation.return_mean:.0f} ± {evaluation.return_std:.0f}"
-    interval = f"{low:.0f} to {high:.0f}"
+    returns, interval, score = f"{evaluation.return_mean:.0f}", "-", "-"
+    spread = len(evaluation.returns) > 1
+    if spread:
+        low, high = evaluation.interval_95
+        returns, interval = f"{returns} ± {evaluation.return_std:.0f}", f"{low:.0f} to {high:.0f}"
+    if normalized := evaluation.normalized:
+        score = f"{normalized['mean']:.1f}" + (f" ± {normalized['std']:.1f}" if spread else "")
     return (
         f"{name:<5} {step:>7} {evaluation.target_return:>8g} {returns:>16} {interval:>18} "
         f"{evaluation.length_mean:>7.0f} {score:>14}"

@@ -203,10 +203,10 @@ class RunFolder:
         path = self.path
         if not path.exists():
             return
+        if not path.is_dir():
+            raise ConfigError(f"run-dir {path} is no folder")
         # What a process killed before it had written config.json leaves behind is nothing.
-        if not path.is_dir() or any(
-            file.name != LOCK and file.suffix != ".tmp" for file in path.iterdir()
-        ):
+        if any(file.name != LOCK and file.suffix != ".tmp" for file in path.iterdir()):
             raise ConfigError(
                 f"run-dir {path} exists already: choose another, or go on with it by "
                 f"minrl train --resume {path}"

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from minrl.agents.devices import choose_device
 from minrl.agents.fitting import check_count
-from minrl.agents.training import Trainer, choose_device
+from minrl.agents.training import Trainer
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset

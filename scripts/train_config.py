@@ -204,9 +204,10 @@ class TrainConfig:
         for name, old in flatten(self).items():
             new = flatten(changed)[name]
             if new != old and name not in free:
+                can = ", ".join(sorted(free)).replace("_", "-")
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} is {old!r} in this run and cannot be {new!r} when "
-                    f"it is resumed; only {', '.join(sorted(free))} can change"
+                    f"{name.replace('_', '-')} is {_as_given(old)} in this run and cannot be "
+                    f"{_as_given(new)} when it is resumed; only {can} can change"
                 )
         return changed
 
@@ -214,6 +215,11 @@ class TrainConfig:
 def _with_flag_name(problem: str) -> str:
     name, _, rest = problem.partition(" ")
     return f"{name.replace('_', '-')} {rest}"
+
+
+def _as_given(value: Any) -> str:
+    """Return a value as it stands on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ import tyro
 from tqdm.auto import tqdm
 
 from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.devices import choose_device
 from minrl.agents.files import write_atomically
-from minrl.agents.training import choose_device
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.envs.rollout import Policy, evaluate

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 from minrl.agents.backbones.blocks import Backbone
-from minrl.agents.training import choose_device
+from minrl.agents.devices import choose_device
 from minrl.errors import ConfigError, MinrlError
 
 NOISE = 0

@@ -167,6 +167,32 @@ def test_each_environment_asks_for_its_own_return():
     assert np.abs(mixed[0, 2] - alone[0, 0]).max() > 1e-4
 
 
+def test_each_environment_may_be_given_a_target_of_its_own():
+    agent, targets = make_agent(), [10.0, 500.0, 2000.0]
+    observations, rewards = make_episode(10)
+    agent.reset(target_return=targets)
+    together = act_through(agent, observations, rewards)
+    expected = []
+    for row, target in enumerate(targets):
+        agent.reset(num_envs=ROWS, target_return=target)
+        expected.append(act_through(agent, observations, rewards)[:, row])
+    np.testing.assert_allclose(together, np.stack(expected, 1), atol=1e-6)
+    agent.reset(target_return=10.0)
+    agent.reset(np.array([False, False, True]), target_return=np.array([7.0, 7.0, 2000.0]))
+    some = act_through(agent, observations, rewards)
+    np.testing.assert_allclose(some[:, 2], together[:, 2], atol=1e-6)
+    assert np.array_equal(some[:, 0], together[:, 0])
+    agent.reset(target_return=targets)  # and as many environments must then act
+    with pytest.raises(ValueError, match="there are 3 targets for 2 environments"):
+        agent.act(observations[0, :2])
+    with pytest.raises(ValueError, match="there are 3 targets for 2 environments"):
+        agent.reset(num_envs=2, target_return=targets)
+    with pytest.raises(ConfigError, match="target_return must be a finite number, not nan"):
+        agent.reset(target_return=[1.0, float("nan"), 2.0])
+    agent.reset(num_envs=2)
+    assert agent.act(observations[0, :2]).shape == (2, 2)
+
+
 def test_what_is_asked_for_before_the_number_of_environments_is_known_is_asked_of_all():
     observations, rewards = make_episode(5)
     agent = make_agent()
@@ -320,6 +346,10 @@ def test_wrong_shapes_and_a_missing_reward_are_named():
     for bad in ([0, 2], True, np.ones((2, 1), bool)):
         with pytest.raises(ValueError, match=r"mask must be \(B,\) bool"):
             agent.reset(bad)
+    with pytest.raises(
+        ValueError, match=r"not \(\) int64; a return is asked for by target_return="
+    ):
+        agent.reset(3400)
     with pytest.raises(ValueError, match="num_envs must be at least 1, not 0"):
         agent.reset(num_envs=0)
     _, state = agent.predict(np.zeros((2, 5), np.float32))
@@ -423,7 +453,14 @@ def test_loading_an_agent_imports_no_environment_and_no_dataset_library(tmp_path
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_an_unknown_checkpoint_name_is_refused(tmp_path):
+def test_an_unknown_checkpoint_or_device_is_refused(tmp_path):
+    make_agent().save(tmp_path / "agent.safetensors")
+    with pytest.raises(ConfigError, match="device 'gpu0' cannot be used"):
+        DecisionAgent.load(tmp_path / "agent.safetensors", device="gpu0")
+    assert DecisionAgent.load(tmp_path / "agent.safetensors", device="auto").device.type in (
+        "cpu",
+        "cuda",
+    )
     with pytest.raises(ConfigError, match="checkpoint must be last or best, not 'bset'"):
         DecisionAgent.load(tmp_path, checkpoint="bset")
 

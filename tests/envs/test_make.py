@@ -67,6 +67,11 @@ def test_wrong_id_is_an_error_that_helps(environment_id, message):
         make_env(environment_id)
 
 
+def test_an_environment_in_place_of_an_id_is_refused():
+    with make_env("Hopper-v5") as environment, pytest.raises(EnvError, match=r"not by <.*Hopper"):
+        make_env(environment)
+
+
 def test_a_module_named_in_an_id_is_not_imported():
     sys.modules.pop("this", None)
     with pytest.raises(EnvError):

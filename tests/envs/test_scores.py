@@ -29,6 +29,11 @@ def test_unknown_task_is_an_error_that_names_it_and_the_known_ones(name):
         normalized_score(1.0, name)
 
 
+def test_arguments_the_wrong_way_round_are_an_error_that_says_so():
+    with pytest.raises(EnvError, match=r"known by a name such as 'Hopper-v5', not 3400\.0"):
+        normalized_score("Hopper-v5", 3400.0)
+
+
 def test_the_references_are_those_that_d4rl_published():
     assert REFERENCE_SCORES == {
         "halfcheetah": (-280.178953, 12135.0),

@@ -34,7 +34,7 @@ def test_acting_in_many_environments_asks_each_for_its_own_return():
     # Episodes of an untrained agent end after about twenty steps.
     exec(program.replace("range(1000)", "range(60)"), names)  # noqa: S102 - our own
     lengths = agent._state.timesteps + 1
-    assert ((lengths < 60) & ~agent._starts).any()
+    assert ((lengths < 60) & ~agent._starts.flags).any()
     assert (np.abs(agent._state.returns_to_go - 3400) < 5 * lengths + 5).all()
 
 

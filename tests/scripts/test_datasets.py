@@ -67,5 +67,5 @@ def test_wrong_requests_end_in_clear_errors(root):
         run("make", HOPPER, "--seed", "-1")
     with pytest.raises(ConfigError, match="at least one dataset id"):
         run("inspect")
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="there is no file"):
         run("import-d4rl", "hopper_medium-v2.hdf5")

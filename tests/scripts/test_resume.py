@@ -108,9 +108,9 @@ def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monke
     path = tmp_path / "run"
     train(make_config(hopper_id, path, final_episodes=0))
     config = RunFolder(path).read_config()
-    with pytest.raises(ConfigError, match=r"--run-dir is .* in this run and cannot be"):
+    with pytest.raises(ConfigError, match=r"run-dir is .* in this run and cannot be"):
         config.continued_with(dataclasses.replace(config, run_dir=tmp_path / "elsewhere"))
-    with pytest.raises(ConfigError, match="--width is 16 in this run and cannot be 8"):
+    with pytest.raises(ConfigError, match="width is 16 in this run and cannot be 8"):
         config.continued_with(
             dataclasses.replace(config, model=dataclasses.replace(SMALL, width=8))
         )
@@ -127,7 +127,7 @@ def test_the_command_refuses_to_resume_with_other_settings(finished, capsys, mon
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # main replaces it
     before = sorted((path.name, path.stat().st_mtime_ns) for path in finished.rglob("*"))
     assert cli.main(["train", "--resume", str(finished), "--batch-size", "4"]) == 2
-    assert "--batch-size is 8 in this run and cannot be 4" in capsys.readouterr().err
+    assert "batch-size is 8 in this run and cannot be 4" in capsys.readouterr().err
     assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
 

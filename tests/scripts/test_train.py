@@ -156,6 +156,8 @@ def test_a_used_run_folder_is_not_touched(finished, hopper_id):
     with pytest.raises(ConfigError, match=r"exists already.*--resume"):
         train(make_config(hopper_id, finished))
     assert sorted(path.name for path in finished.iterdir()) == before
+    with pytest.raises(ConfigError, match=r"run-dir .*config.json is no folder$"):
+        train(make_config(hopper_id, finished / "config.json"))
 
 
 WRONG = {
