@@ -19,6 +19,7 @@ from minrl.agents.field_types import wrong_types
 from minrl.errors import ConfigError
 
 DEFAULT_ATTENTION_CONTEXT = 20
+DEFAULT_RETURN_SCALE = 1000.0  # the Decision Transformer's, gym/experiment.py
 
 TOKENS = ("interleaved", "joint", "observation")
 
@@ -166,7 +167,7 @@ class TrajectoryModel(nn.Module):
         if problems := config.problems():
             raise ConfigError("; ".join(problems))
         self.observation_size, self.action_size = observation_size, action_size
-        self.return_scale = config.return_scale or 1000.0
+        self.return_scale = config.return_scale or DEFAULT_RETURN_SCALE
         interleaved = config.tokens == "interleaved"
         options = {name: getattr(config, name) for name in MIXER_FIELDS[config.backbone]}
         if config.backbone == "transformer":

@@ -19,7 +19,7 @@ from minrl.data.episodes import Episodes, concatenate
 from minrl.data.flat_cache import digest_files, read_cache, write_cache
 from minrl.data.metadata import describe_dataset, read_metadata
 from minrl.data.minari_files import read_arrays
-from minrl.data.validate import OnBadEpisode, check_policy, settle_violations
+from minrl.data.validate import OnBadEpisode, check_on_bad_episode, settle_violations
 from minrl.errors import ConfigError, DatasetError
 
 
@@ -59,7 +59,7 @@ def load_dataset(
         DatasetError: an id is malformed or unknown, the download fails, or the data is refused.
         ConfigError: ``on_bad_episode`` is neither of the two.
     """
-    check_policy(on_bad_episode)
+    check_on_bad_episode(on_bad_episode)
     named = [dataset] if isinstance(dataset, str) else dataset
     ids = [dataset_id for name in named for dataset_id in name.split("+")]
     if not ids:

@@ -28,7 +28,7 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _BOUND_TOLERANCE = 1e-6  # relative to the bound where that is above 1; float32 rounds there
 
 
-def check_policy(on_bad_episode: str) -> None:
+def check_on_bad_episode(on_bad_episode: str) -> None:
     """Do nothing, if it is one of ``OnBadEpisode``.
 
     Raises:

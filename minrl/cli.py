@@ -14,17 +14,6 @@ from minrl.errors import INTERRUPTED, ConfigError, MinrlError
 
 CLOSED_PIPE = 141  # as shells have it
 
-COMMANDS = {
-    "train": "train on offline data, evaluate, leave a run folder",
-    "evaluate": "evaluate a trained run: returns, normalised scores, video",
-    "study": "train every method on every task and seed, here or on a Ray cluster",
-    "report": "report on runs: tables, intervals, figures, as HTML, Markdown and JSON",
-    "export": "write a trained agent as an ONNX or .pt2 file that runs without minrl",
-    "datasets": "make, list and inspect datasets, import your own or D4RL's",
-    "doctor": "print versions and devices, check this machine by a small run",
-    "benchmark": "measure the scan, layers, acting, training or data against others",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
@@ -54,7 +43,7 @@ def _run(arguments: list[str]) -> int:
         if command not in COMMANDS:
             print(f"minrl: error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
             return 2
-        return _RUN[command](rest)
+        return COMMANDS[command][0](rest)
     except BrokenPipeError:
         raise
     except (MinrlError, OSError) as error:  # OSError: a full disk, a folder that is not writable
@@ -81,7 +70,7 @@ def _import_first(arguments: list[str]) -> list[str]:
 
 def usage() -> str:
     """Return the list of commands."""
-    lines = [f"  minrl {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  minrl {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: minrl [--import MODULE] COMMAND [options]",
@@ -170,18 +159,6 @@ def _benchmark(arguments: list[str]) -> int:
     return 0
 
 
-_RUN = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "study": _study,
-    "report": _report,
-    "export": _export,
-    "datasets": _datasets,
-    "doctor": _doctor,
-    "benchmark": _benchmark,
-}
-
-
 def _call(function: Any, command: str, arguments: list[str]) -> Any:
     import tyro
 
@@ -201,6 +178,19 @@ def _last_value_of(flag: str, arguments: list[str]) -> str | None:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"minrl: warning: {message}", file=file or sys.stderr)
+
+
+COMMANDS = {
+    "train": (_train, "train on offline data, evaluate, leave a run folder"),
+    "evaluate": (_evaluate, "evaluate a trained run: returns, normalised scores, video"),
+    "study": (_study, "train every method on every task and seed, here or on a Ray cluster"),
+    "report": (_report, "report on runs: tables, intervals, figures, as HTML, Markdown and JSON"),
+    "export": (_export, "write a trained agent as an ONNX or .pt2 file that runs without minrl"),
+    "datasets": (_datasets, "make, list and inspect datasets, import your own or D4RL's"),
+    "doctor": (_doctor, "print versions and devices, check this machine by a small run"),
+    "benchmark": (_benchmark, "measure the scan, layers, acting, training or data against others"),
+}
+"""Name of each command, what runs it with the arguments after it, and what it does."""
 
 
 if __name__ == "__main__":

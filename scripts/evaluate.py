@@ -19,7 +19,7 @@ from minrl.scripts.plots import plot_target_vs_return
 from minrl.scripts.run_folder import RunFolder
 
 SWEEP_TARGETS, SWEEP_EPISODES = 6, 10
-CHECKPOINTS = ("both", "last", "best")
+CHECKPOINT_CHOICES = ("both", "last", "best")
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class EvaluateConfig:
         Raises:
             ConfigError: Names the field and what is allowed.
         """
-        if self.checkpoint not in CHECKPOINTS:
-            allowed = ", ".join(CHECKPOINTS)
+        if self.checkpoint not in CHECKPOINT_CHOICES:
+            allowed = ", ".join(CHECKPOINT_CHOICES)
             raise ConfigError(f"checkpoint must be one of {allowed}, not {self.checkpoint!r}")
         if self.episodes < 1:
             raise ConfigError(f"episodes must be at least 1, not {self.episodes}")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from minrl.agents.devices import choose_device
 from minrl.agents.fitting import check_count
 from minrl.agents.training import Trainer
-from minrl.agents.trajectory import TrajectoryModel
+from minrl.agents.trajectory import DEFAULT_RETURN_SCALE, TrajectoryModel
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.data.windows import Batch, WindowSampler
@@ -137,7 +137,7 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
         model = dataclasses.replace(model, width=width)
     if model.return_scale is None:
         largest = float(np.abs(episodes.returns_to_go()).max())
-        scale = 1000.0 if task_of(name or "")[0] else max(largest, 1e-6)
+        scale = DEFAULT_RETURN_SCALE if task_of(name or "")[0] else max(largest, 1e-6)
         model = dataclasses.replace(model, return_scale=scale)
     return dataclasses.replace(config, environment=name, targets=tuple(targets), model=model)
 

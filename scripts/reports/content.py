@@ -13,6 +13,7 @@ from minrl.scripts.reports.cells import (
     machine,
     main_methods,
 )
+from minrl.scripts.reports.comparison import CHECKPOINTS
 from minrl.scripts.reports.other_tables import (
     ablation_table,
     latency_table,
@@ -22,7 +23,6 @@ from minrl.scripts.reports.other_tables import (
 from minrl.scripts.reports.protocol import SAYS_NOTHING
 from minrl.scripts.reports.published import PUBLISHED
 from minrl.scripts.reports.score_tables import (
-    CHECKPOINTS,
     asked_table,
     difference_table,
     improvement_table,

@@ -26,7 +26,7 @@ from minrl.scripts.reports.cells import (
 )
 from minrl.scripts.reports.statistics import MISSES
 
-CHECKPOINTS = {
+TITLES = {
     "last": "Last checkpoint",
     "best": "Best checkpoint, chosen while training on other episodes than these",
 }
@@ -158,7 +158,7 @@ def score_table(study: dict[str, Any], checkpoint: str) -> Table:
     summing = _summing_rows(study, checkpoint, names)
     heads = [Cell("task"), *(method_cell(study, name) for name in names)]
     notes = [_score_note(study, checkpoint, usual), *_peer_notes(study)]
-    return Table(CHECKPOINTS[checkpoint], heads, rows + summing, notes, len(summing))
+    return Table(TITLES[checkpoint], heads, rows + summing, notes, len(summing))
 
 
 def _summing_rows(study: dict[str, Any], checkpoint: str, names: list[str]) -> list[list[Cell]]:

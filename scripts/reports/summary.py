@@ -11,12 +11,11 @@ import numpy as np
 from minrl.data.dataset_ids import EMBEDDED_IDS
 from minrl.envs.scores import REFERENCE_SCORES
 from minrl.scripts.reports.collect import Run, headline
-from minrl.scripts.reports.comparison import ablations, comparisons
+from minrl.scripts.reports.comparison import CHECKPOINTS, ablations, comparisons
 from minrl.scripts.reports.methods import Method
 from minrl.scripts.reports.protocol import describe_protocol
 from minrl.scripts.reports.statistics import student_interval
 
-CHECKPOINTS = ("last", "best")
 FORMAT = 4
 
 

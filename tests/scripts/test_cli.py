@@ -52,7 +52,8 @@ def test_a_reader_that_goes_away_sees_no_traceback(arguments):
 
 
 def test_a_terminal_that_knows_few_letters_stops_nothing(monkeypatch, capsys):
-    monkeypatch.setitem(cli._RUN, "doctor", lambda _: print("3,283 \N{PLUS-MINUS SIGN} 232") or 0)
+    command = lambda _: print("3,283 \N{PLUS-MINUS SIGN} 232") or 0  # noqa: E731
+    monkeypatch.setitem(cli.COMMANDS, "doctor", (command, ""))
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert cli.main(["doctor"]) == 0
