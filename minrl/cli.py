@@ -17,6 +17,7 @@ CLOSED_PIPE = 141  # as shells have it
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
+    _let_idle_threads_sleep()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot encode must not cost a training
             stream.reconfigure(errors="replace")
@@ -28,6 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `minrl ... | head`; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
+
+
+def _let_idle_threads_sleep() -> None:
+    """Have GNU OpenMP's threads wait for microseconds and then sleep, not spin for milliseconds.
+
+    Where there is other work, spinning takes the processor from the thread that is waited for
+    (measured in results/README.md). OpenMP looks at this once, when torch is imported.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _run(arguments: list[str]) -> int:

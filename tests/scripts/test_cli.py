@@ -115,6 +115,27 @@ def test_arguments_become_the_configuration(arguments, expected, monkeypatch, tm
     assert seen == [(expected, None)]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_threads_that_wait_do_not_spin_for_long_unless_told_to(given, expected):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    others = {name: value for name, value in os.environ.items() if name not in names}
+    program = (
+        "import os; from minrl.cli import main; main(['--version']);"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=others | given
+    )
+    assert done.stdout.splitlines()[1:] == [expected]
+
+
 def test_unknown_command_is_named(capsys):
     assert cli.main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
