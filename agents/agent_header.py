@@ -7,7 +7,8 @@ from torch import Tensor
 
 from minrl.agents.field_types import is_of
 from minrl.agents.fitting import check_weights
-from minrl.agents.trajectory import DEFAULT_ATTENTION_CONTEXT, TrajectoryModel
+from minrl.agents.model_config import DEFAULT_ATTENTION_CONTEXT
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import ConfigError
 
 # What acting in one environment may take, in bytes and in sizes of the model's weights: a file of a

@@ -16,7 +16,7 @@ _HOME = {
     "Backbone": "minrl.agents.backbones.blocks",
     "MinGRU": "minrl.agents.backbones.cells",
     "MinLSTM": "minrl.agents.backbones.cells",
-    "ModelConfig": "minrl.agents.trajectory",
+    "ModelConfig": "minrl.agents.model_config",
     "TrajectoryModel": "minrl.agents.trajectory",
     "DecisionAgent": "minrl.agents.decision_agent",
     "load_dataset": "minrl.data.minari_source",
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from minrl.agents.backbones.blocks import Backbone
     from minrl.agents.backbones.cells import MinGRU, MinLSTM
     from minrl.agents.decision_agent import DecisionAgent
-    from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+    from minrl.agents.model_config import ModelConfig
+    from minrl.agents.trajectory import TrajectoryModel
     from minrl.data.minari_source import load_dataset
     from minrl.envs.rollout import evaluate
     from minrl.envs.scores import normalized_score

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.model_config import ModelConfig
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import ConfigError
 
 LARGEST_WIDTH = 4096

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import tyro
 
 from minrl.agents.backbones.blocks import MIXERS
-from minrl.agents.trajectory import ignored_fields
+from minrl.agents.model_config import ignored_fields
 from minrl.data.dataset_ids import EMBEDDED_IDS, check_id
 from minrl.data.minari_source import load_dataset
 from minrl.errors import ConfigError

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from minrl.agents.devices import choose_device
 from minrl.agents.fitting import check_count
+from minrl.agents.model_config import DEFAULT_RETURN_SCALE
 from minrl.agents.training import Trainer
-from minrl.agents.trajectory import DEFAULT_RETURN_SCALE, TrajectoryModel
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.data.windows import Batch, WindowSampler

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minrl.agents.field_types import wrong_types
+from minrl.agents.model_config import ModelConfig, ignored_fields
 from minrl.agents.training import OptimizationConfig
-from minrl.agents.trajectory import ModelConfig, ignored_fields
 from minrl.errors import ConfigError
 
 DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from minrl.agents.decision_agent import DecisionAgent
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.plain_step import few_threads
 from minrl.agents.step_policy import StepPolicy
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.scripts.benchmarks.measuring import (
     Clock,
     Contestant,

@@ -9,8 +9,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from minrl import DecisionAgent, TrajectoryModel
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.step_policy import LARGEST
-from minrl.agents.trajectory import ModelConfig
 from minrl.envs.make import make_env
 from minrl.errors import CheckpointError, ConfigError
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from minrl.agents.device_step import ResidentStep
 from minrl.agents.losses import masked_action_loss
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.training import OptimizationConfig, Trainer
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.episodes import DatasetInfo, Episode, Episodes
 from minrl.data.windows import WindowSampler
 from minrl.errors import TrainingError

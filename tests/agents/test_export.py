@@ -12,7 +12,7 @@ import torch
 
 from minrl import DecisionAgent, TrajectoryModel, cli
 from minrl.agents.export import description, export_agent
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.model_config import ModelConfig
 from minrl.errors import ConfigError, ExportError
 
 pytestmark = pytest.mark.integration

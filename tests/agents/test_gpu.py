@@ -10,10 +10,10 @@ from random_batches import make_batch
 from minrl import DecisionAgent, TrajectoryModel
 from minrl.agents.checkpoint import CheckpointFolder
 from minrl.agents.fast_step import GraphStep
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import StepPolicy
 from minrl.agents.training import OptimizationConfig, Trainer
-from minrl.agents.trajectory import ModelConfig
 from minrl.data.windows import WindowSampler
 from minrl.errors import TrainingError
 from minrl.scripts.benchmarks.synthetic import make_episodes

@@ -9,10 +9,10 @@ import torch
 
 from minrl import DecisionAgent, TrajectoryModel
 from minrl.agents.backbones.native import load_kernels
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.native_step import LOOK_EVERY, NativeStep, native_step
 from minrl.agents.plain_step import plain_step
 from minrl.agents.step_policy import StepPolicy
-from minrl.agents.trajectory import ModelConfig
 
 KINDS = {
     "joint": {},

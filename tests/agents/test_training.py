@@ -8,8 +8,9 @@ import torch
 from random_batches import make_batch
 
 from minrl.agents.decision_agent import DecisionAgent
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.training import OptimizationConfig, Trainer
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError, ConfigError, TrainingError
 
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minrl.agents.losses import masked_action_loss
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.model_config import ModelConfig
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import ConfigError
 
 KINDS = {

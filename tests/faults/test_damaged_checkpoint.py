@@ -11,8 +11,9 @@ import torch
 from minrl import DecisionAgent
 from minrl.agents.checkpoint import CheckpointFolder, load_weights, pack_weights
 from minrl.agents.files import digest_of
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.training import OptimizationConfig, Trainer
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.data.windows import Batch
 from minrl.errors import CheckpointError
 

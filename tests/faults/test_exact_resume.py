@@ -7,8 +7,9 @@ from children import ask
 from random_batches import make_batch
 
 from minrl.agents.checkpoint import CheckpointFolder
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.training import OptimizationConfig, Trainer
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.trajectory import TrajectoryModel
 
 OPTIONS = {
     "plain": ({"tokens": "interleaved"}, {"schedule": "constant"}),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minrl import DecisionAgent
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.model_config import ModelConfig
 from minrl.data.episodes import DatasetInfo, Episode, Episodes
 from minrl.scripts import train as train_module
 from minrl.scripts.train import build_model

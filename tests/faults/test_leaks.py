@@ -12,7 +12,7 @@ from children import ask
 from faulty_environment import Faulty, Steady
 
 from minrl import DecisionAgent, evaluate, load_dataset
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.model_config import ModelConfig
 from minrl.errors import EvaluationError
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig

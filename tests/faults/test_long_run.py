@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minrl import DecisionAgent, TrajectoryModel
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.model_config import ModelConfig
 
 pytestmark = pytest.mark.integration
 

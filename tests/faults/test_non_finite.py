@@ -8,8 +8,9 @@ import torch
 from random_batches import make_batch
 
 from minrl.agents.checkpoint import CheckpointFolder
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.training import OptimizationConfig, Trainer
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError, TrainingError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train

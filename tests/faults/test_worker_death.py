@@ -17,7 +17,7 @@ from faulty_environment import BAD_EPISODE, DEADLY, Steady
 from processes import marked_processes, wait_until_gone
 
 from minrl import DecisionAgent, TrajectoryModel, cli
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.model_config import ModelConfig
 from minrl.envs import workers
 from minrl.envs.rollout import evaluate
 from minrl.errors import EnvError, EvaluationError

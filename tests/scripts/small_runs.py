@@ -3,7 +3,7 @@
 import dataclasses
 
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.model_config import ModelConfig
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train_config import TrainConfig
 

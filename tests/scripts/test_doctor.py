@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.model_config import ModelConfig
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.cli import main
 from minrl.data.minari_source import load_dataset
 from minrl.scripts import doctor as module

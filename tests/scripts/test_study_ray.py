@@ -10,7 +10,7 @@ ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from minrl.agents.checkpoint import CheckpointFolder, load_weights  # noqa: E402
-from minrl.agents.trajectory import ModelConfig  # noqa: E402
+from minrl.agents.model_config import ModelConfig  # noqa: E402
 from minrl.errors import AdapterError, ConfigError  # noqa: E402
 from minrl.scripts.run_folder import RunFolder  # noqa: E402
 from minrl.scripts.study_ray import RayWorkers  # noqa: E402

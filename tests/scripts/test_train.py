@@ -15,8 +15,8 @@ from gymnasium.envs.registration import EnvSpec
 from small_runs import losses_of, make_config, weights_of
 
 from minrl import DecisionAgent, cli
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.training import OptimizationConfig
-from minrl.agents.trajectory import ModelConfig
 from minrl.errors import ConfigError, DatasetError, EnvError, TrainingError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train

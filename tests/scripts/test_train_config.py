@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from minrl.agents.backbones.blocks import MIXERS
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.model_config import ModelConfig
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import ConfigError
 from minrl.scripts.match_parameters import count_parameters, match_width
 from minrl.scripts.train_config import PRESETS, TrainConfig, paper, quick, task_of

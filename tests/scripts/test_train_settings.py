@@ -11,8 +11,8 @@ from small_runs import losses_of, make_config, weights_of
 
 from minrl import DecisionAgent
 from minrl.agents.backbones.blocks import MIXERS
+from minrl.agents.model_config import ModelConfig
 from minrl.agents.training import OptimizationConfig, Trainer
-from minrl.agents.trajectory import ModelConfig
 from minrl.data.episodes import DatasetInfo, Episode, Episodes
 from minrl.data.minari_source import load_dataset
 from minrl.data.minari_writer import DatasetCard, write_dataset

@@ -10,7 +10,8 @@ import pytest
 
 from minrl.agents.checkpoint import load_weights, pack_weights
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.model_config import ModelConfig
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError, ConfigError
 
 MOST_MEMORY = 256 << 20

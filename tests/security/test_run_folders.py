@@ -7,7 +7,8 @@ import pytest
 
 from minrl import cli
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.trajectory import ModelConfig, TrajectoryModel
+from minrl.agents.model_config import ModelConfig
+from minrl.agents.trajectory import TrajectoryModel
 from minrl.errors import CheckpointError, ConfigError
 from minrl.scripts.evaluate import EvaluateConfig, evaluate_run
 from minrl.scripts.run_folder import RunFolder

@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from minrl import DecisionAgent, TrajectoryModel, evaluate
-from minrl.agents.trajectory import ModelConfig
+from minrl.agents.model_config import ModelConfig
 
 
 class StartsOf(gym.Wrapper):
