@@ -175,6 +175,13 @@ def test_gradient_is_cut_at_a_reset(implementation):
     assert (projected.grad[:, 12:, 2:] != 0).all()
 
 
+@pytest.mark.parametrize("gates", GATES)
+def test_where_the_candidates_branches_meet_the_slope_is_that_of_the_upper(gates, implementation):
+    tensors, options = make_inputs(2, 20, 3, gates=gates)
+    tensors["projected"].chunk(PARTS[gates], -1)[-1].zero_()
+    assert_equal_to_oracle(tensors, options)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("sizes", [(1, 3000, 100), (7, 500, 64)], ids=str)
 def test_same_bits_on_every_run_and_any_number_of_threads(sizes, threads, implementation):
