@@ -35,12 +35,13 @@ LOOK_EVERY = 100
 class NativeStep:
     """A :class:`StepPolicy` in compiled code: equal to rounding, and as pure a function.
 
-    It has a copy of the weights, renewed when they changed. What PyTorch counts (any operation in
-    place on a parameter, so ``load_state_dict``) and any step of any optimiser is noticed at the
-    next step. All else (writing to ``parameter.data`` or through a NumPy view, other tensors or
-    modules in place of these, hooks, ``return_scale``) is noticed when all environments start an
-    episode, or one of them does after ``LOOK_EVERY`` steps, or something counted happened. A model
-    that then is no longer what its description builds acts by :func:`plain_step`.
+    It acts on a copy of the weights, which is renewed when they have changed. Some changes are seen
+    at the very next step: operations in place on a parameter, such as ``load_state_dict``, because
+    PyTorch counts them, and steps of an optimiser. Others (writing to ``parameter.data`` or through
+    a NumPy view, replacing a tensor or a module, hooks, ``return_scale``) are looked for when one
+    of the first kind is seen, when all environments start an episode, and when one does and
+    ``LOOK_EVERY`` steps have passed. A model that is then found to be no longer what its
+    description builds acts by :func:`plain_step`.
 
     Args:
         policy: One that :func:`native_step` has found to fit.

@@ -86,9 +86,9 @@ def few_threads(batch: int) -> Iterator[None]:
 
 
 class _Threads:
-    """What PyTorch had before the first of the callers that are inside: it is one for all of them.
+    """The number of PyTorch's threads before the first of the callers that are inside now.
 
-    The number belongs to the process, and each thread copies it when it first computes.
+    One that comes later finds the 1 that the first has set, and must not put that back.
     """
 
     lock, inside, before = threading.Lock(), 0, 1

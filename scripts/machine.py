@@ -88,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
         text = Path("/proc/meminfo").read_text()
         return int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024 // 2
     except (OSError, TypeError):
-        return 2 << 30  # a machine that does not tell
+        return 2 << 30  # a cautious guess where the system does not tell
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any] | None:

@@ -111,12 +111,12 @@ def _backward(
 
 
 def contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
-    """Return the tensors for who sees pointers alone."""
+    """Return the tensors as kernels need them, which get an address and no strides."""
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def backend_of(projected: Tensor, gates: str, activation: str) -> ModuleType:
-    """Return the module that does it, anywhere but in Triton."""
+    """Return the module that scans such tensors where Triton does not: compiled, or torch."""
     on_cpu = projected.device.type == "cpu" and projected.numel() > 0
     native = on_cpu and scan_cpu.is_available(projected.dtype, gates, activation)
     return scan_cpu if native else scan_torch

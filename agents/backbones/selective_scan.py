@@ -33,7 +33,7 @@ KERNELS = "minrl.agents.backbones.selective_scan_kernels"
 # Elements of the state, about two nanoseconds each, below which another thread is not worth waking.
 WORTH_A_THREAD = 25_000
 
-# Added to every step, for the logarithm of one that has underflowed to zero.
+# Added to every step size: where that has underflowed to zero, its logarithm stays finite.
 TINY = 1e-30
 
 

@@ -162,7 +162,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one call.
+    """What to train, on what data, and for how long.
 
     Args:
         algorithm: Of d3rlpy.

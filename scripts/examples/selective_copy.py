@@ -111,7 +111,7 @@ class Copier(nn.Module):
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one call. What is None is the paper's on a GPU, and on a CPU what runs in minutes.
+    """The models and their training. None: the paper's value on a GPU, minutes of work on a CPU.
 
     Args:
         cells: mingru, minlstm.
