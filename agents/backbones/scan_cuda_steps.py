@@ -74,7 +74,8 @@ def apply_map(drop, gain, state):
 def compose(first_drop, first_gain, then_drop, then_gain):
     """Return the map that is the first map, then the second."""
     drop = first_drop + (then_drop - then_drop * first_drop)
-    drop = tl.where(tl.maximum(first_drop, then_drop) == RESET, RESET, drop)
+    anew = (first_drop == RESET) | (then_drop == RESET)  # also where the other is not a number
+    drop = tl.where(anew, RESET, drop)
     return drop, apply_map(then_drop, then_gain, first_gain)
 
 
@@ -236,7 +237,9 @@ def load_steps(
         inside = ((times + step) < length)[:, None] & alive
         x = tl.load(tile + step * stride, mask=inside, other=ABSENT)
         if len(masks) > 0:
-            x = tl.where(masks[step], x, ABSENT)
+            # A constant of type bfloat16 is more than the interpreter of Triton 3.7 knows.
+            absent = tl.full([], ABSENT, tl.float32).to(x.dtype)
+            x = tl.where(masks[step], x, absent)
         loaded = loaded + (x,)
     return loaded
 
