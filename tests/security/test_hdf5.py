@@ -119,7 +119,8 @@ def test_absurdly_many_objects_are_refused(tmp_path, monkeypatch):
 
 def test_a_pipe_or_a_folder_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "hopper-v2.hdf5")
-    with pytest.raises(DatasetError, match="cannot be read as an HDF5 file: no file at"):
-        import_d4rl(tmp_path / "hopper-v2.hdf5")
-    with pytest.raises(DatasetError, match="cannot be read as an HDF5 file: no file at"):
-        import_d4rl(tmp_path, "d4rl/hopper/folder-v0")
+    for path in (tmp_path / "hopper-v2.hdf5", tmp_path):
+        with pytest.raises(DatasetError, match="there is no file"):
+            import_d4rl(path, "d4rl/hopper/none-v0")
+        with pytest.raises(FileNotFoundError, match="no file at"):
+            GuardedFile(path)
