@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from minrl.data.dataset_ids import check_id, dataset_folder, datasets_root, minari_writing_to
 from minrl.data.episodes import Episode
 from minrl.data.metadata import check_reference_scores
@@ -110,7 +112,8 @@ def _create(card: DatasetCard, episodes: Sequence[Episode]) -> None:
 
     specification = _specification(card.environment_id)
     buffers = [
-        EpisodeBuffer(id=index, **episode.arrays()) for index, episode in enumerate(episodes)
+        EpisodeBuffer(id=index, **_no_images(episode.arrays()))
+        for index, episode in enumerate(episodes)
     ]
     with warnings.catch_warnings():
         # Minari wishes for an e-mail address and a link, and for the environment, which is added
@@ -131,6 +134,14 @@ def _create(card: DatasetCard, episodes: Sequence[Episode]) -> None:
     if card.reference_scores is not None:
         metadata["ref_min_score"], metadata["ref_max_score"] = card.reference_scores
     dataset.storage.update_metadata(metadata)
+
+
+def _no_images(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return an episode's arrays, bytes as float32: Minari 0.5.3 would write them as JPEG."""
+    return {
+        name: values.astype(np.float32) if values.dtype == np.uint8 else values
+        for name, values in arrays.items()
+    }
 
 
 def _specification(environment_id: str) -> str:
