@@ -217,10 +217,14 @@ def refuse_other_settings(run: TrainConfig) -> None:
     folder = RunFolder(run.run_dir)
     if not (folder.path / "config.json").exists():
         return
+    try:
+        begun = folder.read_config()
+    except ConfigError:  # damaged: that run fails and says how, and the others are trained
+        return
     wanted = completed(dataclasses.replace(run, seed=0, run_dir=None))
     there, wanted = (
         json.loads(json.dumps(flatten(config), default=str))
-        for config in (folder.read_config(), dataclasses.replace(wanted, seed=run.seed))
+        for config in (begun, dataclasses.replace(wanted, seed=run.seed))
     )
     for name, value in wanted.items():
         if there[name] != value and name not in FREE:

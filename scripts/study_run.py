@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from minrl.errors import INTERRUPTED, CheckpointError
+from minrl.errors import INTERRUPTED, CheckpointError, ConfigError
 from minrl.scripts.imports import import_named
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
@@ -49,7 +49,7 @@ def is_done(config: TrainConfig) -> bool:
         found = {tuple(row[name] for name in KEY) for row in final_evaluations(run, config)}
         drawn = run.path / "target_vs_return.png"
         return keys_of_final_evaluations(run, config) <= found and drawn.exists()
-    except CheckpointError:  # damaged: whoever carries it out will say how
+    except (CheckpointError, ConfigError):  # damaged: whoever carries it out will say how
         return False
 
 
@@ -68,6 +68,7 @@ def carry_out(config: TrainConfig, threads: int = 1) -> bool:
         if is_done(config):
             return True
         if (run.path / "config.json").exists():
+            run.read_config()  # a damaged one is no leave to go on with settings that may be others
             train(config, resume=run.path)
         else:
             train(config)

@@ -82,16 +82,29 @@ def test_a_killed_worker_loses_no_run(hopper_id, tmp_path):
     assert all(torch.equal(weights_of(run.run_dir)[name], expected[name]) for name in expected)
 
 
-def test_a_failing_run_stops_no_other_and_is_named(hopper_id, tmp_path):
-    (tmp_path / hopper_id / "mingru-s0").mkdir(parents=True)
-    (tmp_path / hopper_id / "mingru-s0" / "mine.txt").write_text("in the way")
+def leave_a_file_in_the_way(run_dir):
+    (run_dir / "mine.txt").write_text("in the way")
+
+
+def damage_config(run_dir):
+    (run_dir / "config.json").write_text('{"steps": ')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(leave_a_file_in_the_way, "exists already"), (damage_config, "cannot read")],
+)
+def test_a_failing_run_stops_no_other_and_is_named(hopper_id, tmp_path, spoil, message):
+    spoiled = tmp_path / hopper_id / "mingru-s0"
+    spoiled.mkdir(parents=True)
+    spoil(spoiled)
     with start_study(tmp_path, hopper_id, seeds=2, steps=4, workers=2) as process:
         output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, errors
     name = f"{hopper_id}/mingru-s0"
     log = (tmp_path / f"{name}.log").read_text()
     last = log.strip().splitlines()[-1]
-    assert "exists already" in last
+    assert message in last
     assert f"FAILED   {name}: {last[:300]}" in output
     assert "1 of 2 done, 0 running, 1 failed" in output
     assert f"done     {hopper_id}/mingru-s1" in output
