@@ -12,7 +12,7 @@ from minrl.envs.evaluation import Evaluation
 from minrl.envs.lanes import Lanes, place, to_numbers
 from minrl.envs.make import make_limited_envs
 from minrl.envs.workers import WorkerLanes
-from minrl.errors import EnvError, EvaluationError
+from minrl.errors import ConfigError, EnvError, EvaluationError
 
 __all__ = ["Evaluation", "Policy", "evaluate", "play_episodes"]
 
@@ -176,6 +176,7 @@ def evaluate(
         on_episode: called as ``on_episode(episode, episode_return, length)`` when one ends.
 
     Raises:
+        ConfigError: a number is out of range.
         EnvError: the environment is unknown or has unsupported spaces, has no step limit, or cannot
             be made, or not in another process.
         EvaluationError: it fails, gives (or is given) something non-finite or misshapen, or its
@@ -188,12 +189,12 @@ def evaluate(
         ("num_workers", num_workers, 0),
     ):
         if value < lowest:
-            raise EnvError(f"{name} is {value}; at least {lowest} is needed")
+            raise ConfigError(f"{name} must be at least {lowest}, not {value}")
     if timeout is not None and not 0 < timeout < _LONGEST_TIMEOUT:
-        raise EnvError(f"timeout is {timeout} s; it must be above 0, or None for ever")
+        raise ConfigError(f"timeout must be above 0 s, or None for ever, not {timeout}")
     batch = min(episodes, 32 if num_envs is None else num_envs)
     if batch < 1:
-        raise EnvError(f"num_envs is {num_envs}; at least 1 is needed")
+        raise ConfigError(f"num_envs must be at least 1, not {num_envs}")
     plan = {"episodes": episodes, "seed": seed}
     lanes: _AnyLanes
     if num_workers:

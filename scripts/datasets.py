@@ -145,7 +145,8 @@ def describe(episodes: Episodes) -> list[str]:
     header = "".join(f"{name:>11}" for name in ("mean", "std", *_QUANTILES))
     lines = [
         f"dataset      {info.dataset_id}",
-        f"environment  {info.environment_id or 'not known'}",
+        f"environment  {info.environment_id or 'not known'}"
+        + (f", {limit:,} steps at most" if (limit := info.max_episode_steps) else ""),
         f"sizes        observation {info.observation_size}, action {len(info.action_low)}",
         f"steps        {episodes.num_steps:,}",
         f"episodes     {episodes.num_episodes:,} ({terminated.sum():,} terminated, "

@@ -114,7 +114,7 @@ def _power_of_two(size: int) -> int:
 
 
 def checkpoint_shape(
-    batch: int, length: int, width: int, dtype: torch.dtype, plan: Plan | None = None
+    batch: int, length: int, width: int, plan: Plan | None = None
 ) -> tuple[int, int, int]:
     """Return the shape of ``scan_forward``'s checkpoints, (N, B, H).
 
@@ -161,9 +161,7 @@ def scan_forward(
     resets, mask = _bytes(resets), _bytes(mask)
     states = projected.new_empty(*projected.shape[:2], launch.width)
     last_state = state(launch.batch, launch.width)
-    checkpoints = state(
-        *checkpoint_shape(launch.batch, launch.length, launch.width, projected.dtype, plan)
-    )
+    checkpoints = state(*checkpoint_shape(launch.batch, launch.length, launch.width, plan))
     drops, gains = launch.maps(plan.forward)
     options = {"ACTIVATION": activation}
     if drops is not None:

@@ -145,7 +145,7 @@ def _forward_shapes(
     if _on_triton(projected):
         from minrl.agents.backbones import scan_cuda
 
-        saved = scan_cuda.checkpoint_shape(batch, length, width, projected.dtype)
+        saved = scan_cuda.checkpoint_shape(batch, length, width)
     return (
         projected.new_empty(*projected.shape[:2], width),
         projected.new_empty(batch, width, dtype=dtype),

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from minrl.envs.make import make_env
 from minrl.envs.rollout import evaluate
-from minrl.errors import EnvError, EvaluationError
+from minrl.errors import ConfigError, EnvError, EvaluationError
 
 
 class CountingController:
@@ -291,7 +291,7 @@ def test_episodes_without_an_end_are_refused(countdown):
 
 @pytest.mark.parametrize("setting", ["episodes", "num_envs", "seed"])
 def test_impossible_settings_are_named(setting):
-    with pytest.raises(EnvError, match=f"{setting} is -1; at least"):
+    with pytest.raises(ConfigError, match=f"{setting} must be at least [01], not -1"):
         evaluate(CountingController(), "Hopper-v5", **{setting: -1})
 
 

@@ -9,7 +9,7 @@ import pytest
 from faulty_environment import Faulty, Steady
 
 from minrl.envs.rollout import evaluate
-from minrl.errors import EnvError, EvaluationError
+from minrl.errors import ConfigError, EnvError, EvaluationError
 
 slow = pytest.mark.slow
 pytestmark = [
@@ -91,12 +91,12 @@ def test_environments_that_workers_cannot_make_are_refused(faulty, new_children)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_workers": -1}, "num_workers is -1; at least 0"),
-        ({"timeout": 0}, "timeout is 0 s; it must be above 0"),
-        ({"timeout": float("nan")}, "timeout is nan s"),
-        ({"timeout": float("inf")}, "timeout is inf s.*None for ever"),
+        ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
+        ({"timeout": 0}, "timeout must be above 0 s, or None for ever, not 0"),
+        ({"timeout": float("nan")}, "timeout must be .*, not nan"),
+        ({"timeout": float("inf")}, "timeout must be .*, not inf"),
     ],
 )
 def test_impossible_numbers_of_workers_and_seconds_are_named(faulty, options, message):
-    with pytest.raises(EnvError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run(faulty(), **options)

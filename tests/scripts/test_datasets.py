@@ -31,7 +31,13 @@ def test_make_list_and_inspect(root, capsys):
     assert sum("made on first use" in line for line in lines) == 8
     run("inspect", HOPPER)
     out = capsys.readouterr().out
-    for text in ("steps        300", "embedded minrl data on Hopper-v5", "score, %", "median"):
+    for text in (
+        "Hopper-v5, 1,000 steps at most",
+        "steps        300",
+        "embedded minrl data on Hopper-v5",
+        "score, %",
+        "median",
+    ):
         assert text in out
     picture = root / "minrl-hopper-medium-replay-v0.png"
     assert picture.read_bytes().startswith(b"\x89PNG")

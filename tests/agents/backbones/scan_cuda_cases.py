@@ -79,7 +79,7 @@ def run(inputs, grads, gates, activation, batch_first, plan):
     states, last, checkpoints = scan_forward(*inputs, *options)
     projected = inputs[0]
     batch, length = projected.shape[:2] if batch_first else projected.shape[1::-1]
-    shape = checkpoint_shape(batch, length, states.shape[2], projected.dtype, plan)
+    shape = checkpoint_shape(batch, length, states.shape[2], plan)
     assert checkpoints.shape == shape
     results = scan_backward(*grads, projected, checkpoints, *inputs[1:], *options)
     assert last.dtype == torch.promote_types(projected.dtype, torch.float32)
