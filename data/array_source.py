@@ -28,13 +28,13 @@ def import_arrays(
     a last episode, marked truncated.
 
     Args:
-        path: the file, as ``numpy.savez`` writes it.
-        card: id, environment and spaces of the dataset.
+        path: The file, as ``numpy.savez`` writes it.
+        card: Id, environment and spaces of the dataset.
         on_bad_episode: "raise" refuses the file if an episode breaks a rule, "drop" leaves such
             episodes out and warns.
 
     Raises:
-        DatasetError: an array is missing or of another shape than the spaces say, an episode is
+        DatasetError: If an array is missing or of another shape than the spaces say, an episode is
             bad, the file cannot be read, or the id is taken.
     """
     check_id(card.dataset_id)

@@ -29,9 +29,9 @@ def iterate_arrow(
     until it is asked to look. The padding that Minari gives all but the observations is cut off.
 
     Raises:
-        DatasetError: the files declare far more than they can hold, or more episodes than the
+        DatasetError: If the files declare far more than they can hold, or more episodes than the
             metadata.
-        Exception: they are damaged, of many kinds.
+        Exception: If they are damaged, of many kinds.
     """
     import pyarrow.dataset
 

@@ -29,8 +29,8 @@ class BehaviourPolicy:
     """A Gaussian actor with two hidden layers, trained online (PPO, or SAC when squashed).
 
     Args:
-        weights: the arrays of a policy file.
-        noise_scale: factor on the standard deviation of the actions; 0 acts at the mean.
+        weights: The arrays of a policy file.
+        noise_scale: Factor on the standard deviation of the actions; 0 acts at the mean.
     """
 
     def __init__(self, weights: dict[str, np.ndarray], noise_scale: float = 1.0) -> None:
@@ -42,11 +42,11 @@ class BehaviourPolicy:
         """Load a shipped policy such as "hopper-medium".
 
         Args:
-            name: file name without its ending; ``policies/manifest.json`` lists them all.
+            name: File name without its ending; ``policies/manifest.json`` lists them all.
             noise_scale: None takes the one its dataset is made with.
 
         Raises:
-            DatasetError: there is no such policy.
+            DatasetError: If there is no such policy.
         """
         entries = {
             Path(entry["file"]).stem: entry
@@ -127,11 +127,11 @@ def roll_out(
     episodes end first would favour short ones.
 
     Args:
-        policy: whose actions to record.
-        environments: copies of one environment; their number is part of what the seed means.
-        steps: transitions to record.
-        seed: fixes the start of every episode and the noise of the actions.
-        bar: moved on by each step.
+        policy: Whose actions to record.
+        environments: Copies of one environment; their number is part of what the seed means.
+        steps: Transitions to record.
+        seed: Fixes the start of every episode and the noise of the actions.
+        bar: Moved on by each step.
     """
     generator = np.random.default_rng(seed)
     recordings: list[_Recording] = []
@@ -207,16 +207,17 @@ def make_embedded_dataset(
     last episode may be cut short (and is marked truncated).
 
     Args:
-        dataset_id: one of ``EMBEDDED_IDS``.
-        steps: transitions in all.
-        seed: of episode starts and action noise.
-        progress: show a progress bar on a terminal.
+        dataset_id: One of ``EMBEDDED_IDS``.
+        steps: Transitions in all.
+        seed: Of episode starts and action noise.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         True if it was made now, False if it existed already or another process made it meanwhile.
 
     Raises:
-        DatasetError: the id is not an embedded one, steps are too few, or the folder is read-only.
+        DatasetError: If the id is not an embedded one, steps are too few, or the folder is
+            read-only.
     """
     check_id(dataset_id)
     if dataset_id not in EMBEDDED_IDS:

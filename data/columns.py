@@ -33,7 +33,7 @@ class Columns(NamedTuple):
         episode, marked truncated.
 
         Args:
-            max_episode_steps: where an episode ends anyway; None for no such limit.
+            max_episode_steps: Where an episode ends anyway; None for no such limit.
         """
         rows = len(self.rewards)
         ends = np.flatnonzero(self.terminals | self.timeouts) + 1
@@ -72,7 +72,7 @@ def write_columns(
     """Write a Minari dataset of these steps, cut into episodes as by ``Columns.split``.
 
     Raises:
-        DatasetError: the id is taken or of an embedded dataset, an episode breaks a rule of
+        DatasetError: If the id is taken or of an embedded dataset, an episode breaks a rule of
             ``find_violation`` and is not to be dropped, or the folder cannot be written.
     """
     if card.dataset_id.startswith("minrl/"):
@@ -96,7 +96,7 @@ def sound_episodes(
     """Return the episodes that break no rule.
 
     Raises:
-        DatasetError: one does and is not to be dropped, or all do.
+        DatasetError: If one does and is not to be dropped, or all do.
     """
     space = card.action_space
     bounds = ActionBounds(space.low.astype(np.float64), space.high.astype(np.float64))
@@ -119,7 +119,7 @@ def count_rows(columns: Iterable[np.ndarray], path: Path) -> int:
     """Return N, the number of steps: what most columns have, so that the odd one is blamed.
 
     Raises:
-        DatasetError: there are none.
+        DatasetError: If there are none.
     """
     rows = statistics.mode(len(values) if values.ndim else 0 for values in columns)
     if rows == 0:
@@ -131,7 +131,7 @@ def fit(values: np.ndarray, name: str, path: Path, shape: tuple[int, ...] | None
     """Return a column of numbers in its shape; (N, 1) counts as (N,).
 
     Raises:
-        DatasetError: it is of another shape, or no numbers.
+        DatasetError: If it is of another shape, or no numbers.
     """
     if values.dtype.kind not in "fiub":
         raise DatasetError(f"{path}: {name} are {values.dtype}, not real numbers")
@@ -146,7 +146,7 @@ def fit_flags(values: np.ndarray, name: str, path: Path, rows: int) -> np.ndarra
     """Return a column of flags as bool.
 
     Raises:
-        DatasetError: it is of another shape, or a value is neither 0 nor 1, such as NaN.
+        DatasetError: If it is of another shape, or a value is neither 0 nor 1, such as NaN.
     """
     values = fit(values, name, path, (rows,))
     other = np.flatnonzero((values != 0) & (values != 1))

@@ -53,10 +53,10 @@ def import_d4rl(
     environments, the closest to those D4RL used.
 
     Args:
-        path: a file such as ``hopper_medium_replay-v2.hdf5``.
-        dataset_id: the id to give it; by default ``d4rl/hopper/medium-replay-v2`` and so on, after
+        path: A file such as ``hopper_medium_replay-v2.hdf5``.
+        dataset_id: The id to give it; by default ``d4rl/hopper/medium-replay-v2`` and so on, after
             the file's name. The id or the file's name must tell hopper, halfcheetah or walker2d.
-        reference_scores: returns for 0 and 100 percent by those names, written into the metadata.
+        reference_scores: Returns for 0 and 100 percent by those names, written into the metadata.
         on_bad_episode: "raise" refuses the file if an episode breaks a rule, "drop" leaves such
             episodes out and warns.
 
@@ -64,8 +64,8 @@ def import_d4rl(
         The id of the dataset.
 
     Raises:
-        DatasetError: the file is none of D4RL's, its task is not known, an episode is bad, or the
-            id is taken.
+        DatasetError: If the file is not in D4RL's layout, its task is not known, an episode is bad, or
+            the id is taken.
     """
     path = Path(path)
     if path.suffix in (".pkl", ".pickle"):

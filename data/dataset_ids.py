@@ -40,7 +40,7 @@ def check_id(dataset_id: str) -> str:
     anything else outside letters, digits, ``_``, ``-`` and ``/`` is refused.
 
     Raises:
-        DatasetError: the id is malformed.
+        DatasetError: If the id is malformed.
     """
     if (
         not isinstance(dataset_id, str)
@@ -107,7 +107,8 @@ def dataset_folder(dataset_id: str) -> Path:
     """Return the folder of this dataset, whether it exists or not.
 
     Raises:
-        DatasetError: the id is malformed, or a link on the way leads out of the datasets' folder.
+        DatasetError: If the id is malformed, or a link on the way leads out of the datasets'
+            folder.
     """
     check_id(dataset_id)
     root = datasets_root()
@@ -124,7 +125,7 @@ def refuse_links_out(dataset_id: str, path: Path, folder: Path) -> None:
     """Do nothing, unless a link on the way to a file leads out of a folder.
 
     Raises:
-        DatasetError: one does.
+        DatasetError: If one does.
     """
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DatasetError(

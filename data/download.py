@@ -22,7 +22,7 @@ def download_dataset(dataset_id: str) -> None:
     ends in a traceback.
 
     Raises:
-        DatasetError: the server cannot be reached, or has no such dataset.
+        DatasetError: If the server cannot be reached, or has no such dataset.
     """
     _probe(dataset_id)
     import minari

@@ -17,17 +17,17 @@ class DatasetInfo:
     """What a model must remember of the data it was trained on; plain JSON values only.
 
     Attributes:
-        dataset_id: the id, or several ids joined with "+" for a union.
-        environment_id: the Gymnasium id the data came from, None when it is not known.
+        dataset_id: The id, or several ids joined with "+" for a union.
+        environment_id: The Gymnasium id the data came from, None when it is not known.
         observation_size: O, the length of an observation.
-        action_low: lower action bounds, A finite numbers; the least action seen in the data where
+        action_low: Lower action bounds, A finite numbers; the least action seen in the data where
             the action space has no bound.
-        action_high: upper action bounds, in the same way.
-        reference_min: return that scores 0 percent, in reward units; None when not known.
-        reference_max: return that scores 100 percent.
-        score_note: what a score on this data may be compared with, in words.
-        sha256: digest of the data's content.
-        max_episode_steps: the time limit of the environment, None when not known.
+        action_high: Upper action bounds, in the same way.
+        reference_min: Return that scores 0 percent, in reward units; None when not known.
+        reference_max: Return that scores 100 percent.
+        score_note: What a score on this data may be compared with, in words.
+        sha256: Digest of the data's content.
+        max_episode_steps: The time limit of the environment, None when not known.
     """
 
     dataset_id: str
@@ -96,7 +96,7 @@ class Episodes:
         """Flatten single episodes (each with T+1 observations).
 
         Raises:
-            DatasetError: there is no episode, or one whose arrays disagree in length.
+            DatasetError: If there is no episode, or one whose arrays disagree in length.
         """
         episodes = list(episodes)
         if not episodes:
@@ -173,9 +173,9 @@ class Episodes:
         """Hold out whole episodes at random.
 
         Args:
-            fraction: share of the episodes to hold out, between 0 and 1. With two episodes or more
+            fraction: Share of the episodes to hold out, between 0 and 1. With two episodes or more
                 each side gets at least one.
-            seed: fixes which episodes are held out.
+            seed: Fixes which episodes are held out.
 
         Returns:
             The episodes to train on and the held-out ones, each in their original order. A single
@@ -191,7 +191,7 @@ class Episodes:
         """Return the episodes with the highest returns, in their original order.
 
         Args:
-            fraction: share of the steps that they hold, at most, but for one episode at least.
+            fraction: Share of the steps that they hold, at most, but for one episode at least.
         """
         if fraction == 1:
             return self
@@ -212,7 +212,7 @@ def concatenate(parts: Sequence[Episodes]) -> Episodes:
     Action bounds become the widest of all; the digest is that of the joined digests.
 
     Raises:
-        DatasetError: sizes, environments or reference scores differ.
+        DatasetError: If sizes, environments or reference scores differ.
     """
     infos = [part.info for part in parts]
     for field in ("environment_id", "observation_size", "reference_min", "reference_max"):

@@ -106,7 +106,7 @@ def _key() -> bytes:
     """Return the user's key, which is made when it is first asked for.
 
     Raises:
-        OSError: it can be neither read nor kept.
+        OSError: If it can be neither read nor kept.
     """
     path = cache_folder() / "key"
     with contextlib.suppress(FileNotFoundError):

@@ -30,12 +30,12 @@ def undo_filters(content: bytes, filters: Sequence[tuple[int, int]], size: int) 
     """Return a chunk as it was before its filters.
 
     Args:
-        content: the chunk as stored.
-        filters: number and first parameter of each, in the order in which they were applied.
-        size: bytes that there should be; no more than a few above are ever unpacked.
+        content: The chunk as stored.
+        filters: Number and first parameter of each, in the order in which they were applied.
+        size: Bytes that there should be; no more than a few above are ever unpacked.
 
     Raises:
-        ValueError: a gzip stream or a checksum is damaged, or there are more or less bytes.
+        ValueError: If a gzip stream or a checksum is damaged, or there are more or less bytes.
     """
     for number, parameter in reversed(filters):
         if number == GZIP:

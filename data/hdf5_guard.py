@@ -46,11 +46,12 @@ class GuardedFile:
     HDF5 keeps what it has seen in memory until a file is closed, so it is reopened now and then.
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        DatasetError: a link is refused, naming file, object and reason.
-        OSError: it is no HDF5 file; also RuntimeError, ValueError or KeyError where it is damaged.
+        DatasetError: If a link is refused, naming file, object and reason.
+        OSError: If it is no HDF5 file; also RuntimeError, ValueError or KeyError where it is
+            damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +92,7 @@ class GuardedFile:
         """Return an array, None if there is none of this name or it holds no plain values.
 
         Raises:
-            DatasetError: the array is refused, naming file, object and reason.
+            DatasetError: If the array is refused, naming file, object and reason.
         """
         import h5py
 
@@ -247,7 +248,7 @@ def _take_chunk(
     """Copy a chunk from the file to its place; one at an edge is cut to the array.
 
     Raises:
-        ValueError: it does not fit, or is damaged.
+        ValueError: If it does not fit, or is damaged.
     """
     begin, shape = stored.chunk_offset, values.shape
     size = math.prod(chunk) * values.itemsize

@@ -94,7 +94,7 @@ def check_reference_scores(low: float, high: float) -> None:
     """Do nothing, if returns can be put in percent between these.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: If they cannot.
     """
     if not low < high or not math.isfinite(high - low):
         raise ValueError(
@@ -106,7 +106,7 @@ def read_metadata(dataset_id: str, folder: Path) -> Metadata:
     """Read metadata.json without Minari, whose reader builds environments named in it.
 
     Raises:
-        DatasetError: it is a link out of the dataset's folder, or not usable; the message names
+        DatasetError: If it is a link out of the dataset's folder, or not usable; the message names
             the field.
     """
     path = folder / "data" / "metadata.json"

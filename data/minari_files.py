@@ -97,12 +97,12 @@ def read_arrays(
     """Read and validate all episodes; bad ones are left out of the arrays.
 
     Args:
-        metadata: says how many episodes and steps there are; that is checked.
-        data: the dataset's ``data`` folder.
-        size_on_disk: bytes of its files; bounds what is allocated.
+        metadata: Says how many episodes and steps there are; that is checked.
+        data: The dataset's ``data`` folder.
+        size_on_disk: Bytes of its files; bounds what is allocated.
 
     Raises:
-        DatasetError: a file is damaged, or the metadata's counts are false.
+        DatasetError: If a file is damaged, or the metadata's counts are false.
     """
     wrong = f"dataset {metadata.dataset_id}: rule total_steps: the metadata says "
     wrong += f"{metadata.num_steps} steps"

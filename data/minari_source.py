@@ -49,15 +49,15 @@ def load_dataset(
     content.
 
     Args:
-        dataset: a Minari id, or several, in a sequence or joined with "+".
+        dataset: A Minari id, or several, in a sequence or joined with "+".
         on_bad_episode: "raise" refuses a dataset with a bad episode; "drop" leaves such episodes
             out and warns with their number and the rules they break.
         download: False never uses the network.
-        progress: show a progress bar (on a terminal) while an embedded dataset is made.
+        progress: Show a progress bar (on a terminal) while an embedded dataset is made.
 
     Raises:
-        DatasetError: an id is malformed or unknown, the download fails, or the data is refused.
-        ConfigError: ``on_bad_episode`` is neither of the two.
+        DatasetError: If an id is malformed or unknown, the download fails, or the data is refused.
+        ConfigError: If ``on_bad_episode`` is neither of the two.
     """
     check_on_bad_episode(on_bad_episode)
     named = [dataset] if isinstance(dataset, str) else dataset

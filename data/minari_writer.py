@@ -27,17 +27,17 @@ class DatasetCard:
     """What a dataset says about itself.
 
     Attributes:
-        dataset_id: its Minari id.
+        dataset_id: Its Minari id.
         environment_id: Gymnasium id of the environment it belongs to.
-        observation_space: one-dimensional Box.
-        action_space: one-dimensional Box.
-        algorithm_name: what chose the actions.
-        description: what the data is, in words.
-        reference_scores: returns that score 0 and 100 percent, None when not known.
-        requirements: pip requirements of the environment.
+        observation_space: One-dimensional Box.
+        action_space: One-dimensional Box.
+        algorithm_name: What chose the actions.
+        description: What the data is, in words.
+        reference_scores: Returns that score 0 and 100 percent, None when not known.
+        requirements: For pip, those of the environment.
 
     Raises:
-        DatasetError: the reference scores are no scale.
+        DatasetError: If the reference scores are no scale.
     """
 
     dataset_id: str
@@ -83,7 +83,7 @@ def write_dataset(card: DatasetCard, episodes: Sequence[Episode]) -> None:
     leaves nothing that could be loaded. Call it under ``dataset_lock``.
 
     Raises:
-        DatasetError: the id is taken, or the folder cannot be written.
+        DatasetError: If the id is taken, or the folder cannot be written.
     """
     folder = dataset_folder(card.dataset_id)
     if folder.exists():
@@ -148,7 +148,7 @@ def _specification(environment_id: str) -> str:
     """Return what an environment is registered as, in Gymnasium's JSON.
 
     Raises:
-        DatasetError: it is registered with what JSON cannot hold.
+        DatasetError: If it is registered with what JSON cannot hold.
     """
     import gymnasium
 

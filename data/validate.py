@@ -32,7 +32,7 @@ def check_on_bad_episode(on_bad_episode: str) -> None:
     """Do nothing, if it is one of ``OnBadEpisode``.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: If it is not.
     """
     if on_bad_episode not in get_args(OnBadEpisode):
         raise ConfigError(f'on_bad_episode must be "raise" or "drop", got {on_bad_episode!r}')
@@ -51,10 +51,10 @@ class Violation:
     """A rule that an episode breaks.
 
     Attributes:
-        rule: short name of the rule.
-        episode: index of the episode in its file.
-        step: first bad step; None when it is the episode as a whole.
-        detail: what was found, and what should be there.
+        rule: Short name of the rule.
+        episode: Index of the episode in its file.
+        step: First bad step; None when it is the episode as a whole.
+        detail: What was found, and what should be there.
     """
 
     rule: str
@@ -86,11 +86,11 @@ def find_violation(
     on the last step of its time limit.
 
     Args:
-        episode: arrays as read: observations (T+1, O), actions (T, A), rewards, terminations,
+        episode: Arrays as read: observations (T+1, O), actions (T, A), rewards, terminations,
             truncations (T,).
-        index: index of the episode in its file.
+        index: Index of the episode in its file.
         observation_size: O.
-        bounds: of the action space.
+        bounds: Of the action space.
         is_last: True for the last episode of the file.
     """
     missing = [name for name in EPISODE_ARRAYS if not isinstance(episode.get(name), np.ndarray)]
@@ -191,7 +191,7 @@ def settle_violations(
     """Refuse a dataset with bad episodes, or say which ones are dropped.
 
     Raises:
-        DatasetError: there are bad episodes and they are not to be dropped, or none is left.
+        DatasetError: If there are bad episodes and they are not to be dropped, or none is left.
     """
     if not violations:
         return

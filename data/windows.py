@@ -45,17 +45,17 @@ class WindowSampler:
     never happened. Recipe: Decision Transformer, https://github.com/kzl/decision-transformer, gym/.
 
     Args:
-        episodes: where to draw from; held in memory, not copied.
-        context: steps of a window that count in the loss, at least 1.
-        batch_size: windows in a batch, B.
-        seed: with the step it fixes every batch.
-        burn_in: steps before the start that only warm up the recurrent state.
+        episodes: Where to draw from; held in memory, not copied.
+        context: Steps of a window that count in the loss, at least 1.
+        batch_size: Windows in a batch, B.
+        seed: With the step it fixes every batch.
+        burn_in: Steps before the start that only warm up the recurrent state.
 
     Attributes:
-        batch_size: as given.
+        batch_size: As given.
 
     Raises:
-        ConfigError: a size is out of range, or context is longer than the longest episode.
+        ConfigError: If a size is out of range, or context is longer than the longest episode.
     """
 
     def __init__(

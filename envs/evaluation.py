@@ -32,12 +32,12 @@ class Evaluation:
     """Returns of one agent, asked for one target, over a fixed set of episodes.
 
     Attributes:
-        environment_id: where the agent acted.
-        target_return: the return it was asked for, in reward units; None when it takes none.
+        environment_id: Where the agent acted.
+        target_return: The return it was asked for, in reward units; None when it takes none.
         returns: (E,) float64 undiscounted returns, by episode index.
         lengths: (E,) int64 steps, by episode index.
-        seed: together with the number of episodes it fixes the seed of every episode.
-        references: returns that score 0 and 100 percent; None takes D4RL's where there are any.
+        seed: Together with the number of episodes it fixes the seed of every episode.
+        references: Returns that score 0 and 100 percent; None takes D4RL's where there are any.
     """
 
     environment_id: str

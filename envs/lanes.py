@@ -60,7 +60,7 @@ def to_numbers(value: Any, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Return an array in a type, and which of its elements are finite before and after.
 
     Raises:
-        EnvError: it is not an array of numbers.
+        EnvError: If it is not an array of numbers.
     """
     try:
         array = np.asarray(value)
@@ -93,12 +93,12 @@ class Lanes:
     (DLR-RM/stable-baselines3#402, #447).
 
     Args:
-        environments: one for each row; no one else may step them.
-        name: their id, for messages.
-        episodes: number of episodes of all rows together.
-        seed: the seed of episode e depends on (seed, e) alone.
+        environments: One for each row; no one else may step them.
+        name: Their id, for messages.
+        episodes: Number of episodes of all rows together.
+        seed: The seed of episode e depends on (seed, e) alone.
         table: (B,) of ``new_row_type``; a new one with as many rows as environments if not given.
-        first_row: row of the first environment; the others follow.
+        first_row: Row of the first environment; the others follow.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Lanes:
         """Start every row's first episode.
 
         Raises:
-            EnvError: an environment fails; the message names it, the episode and the step.
+            EnvError: If an environment fails; the message names it, the episode and the step.
         """
         for row in self._environments:
             self._start(row)
@@ -132,7 +132,7 @@ class Lanes:
         """Take the actions of the table, and start the next episode where one ends.
 
         Raises:
-            EnvError: as ``start``; the rows before it are done.
+            EnvError: As ``start``; the rows before it are done.
         """
         for row in self._environments:
             if self._columns["episode"][row] >= 0:

@@ -60,7 +60,8 @@ def find_spec(environment_id: str) -> EnvSpec:
     """Return what an environment is registered as.
 
     Raises:
-        EnvError: the id is unknown (near matches are named), no text, or names a module to import.
+        EnvError: If the id is unknown (near matches are named), no text, or names a module to
+            import.
     """
     import gymnasium
 
@@ -84,13 +85,14 @@ def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gym
     """Make a registered environment without warnings, log files or the passive checker.
 
     Args:
-        environment_id: id such as ``Hopper-v5``. Ids that import a module (``module:Name-v0``) are
+        environment_id: Id such as ``Hopper-v5``. Ids that import a module (``module:Name-v0``) are
             refused, because ids also come from datasets and checkpoints.
-        render: make it able to ``render()`` RGB frames.
-        **kwargs: passed to ``gymnasium.make``, for example ``max_episode_steps``.
+        render: Make it able to ``render()`` RGB frames.
+        **kwargs: Passed to ``gymnasium.make``, for example ``max_episode_steps``.
 
     Raises:
-        EnvError: the id is unknown (near matches are named), its simulator is missing, or it fails.
+        EnvError: If the id is unknown (near matches are named), its simulator is missing, or it
+            fails.
     """
     import gymnasium
 
@@ -114,7 +116,7 @@ def check_spaces(env: gymnasium.Env) -> None:
     """Refuse an environment whose observations or actions the agents cannot handle.
 
     Raises:
-        EnvError: a space is not a one-dimensional Box (or the action one not of floats); the
+        EnvError: If a space is not a one-dimensional Box (or the action one not of floats); the
             message names the space found and what is supported.
     """
     from gymnasium.spaces import Box
@@ -142,7 +144,7 @@ def make_limited_env(
     """Make an environment that agents can act in and whose episodes surely end.
 
     Raises:
-        EnvError: as ``make_env`` and ``check_spaces``, or neither the environment nor the caller
+        EnvError: As ``make_env`` and ``check_spaces``, or if neither the environment nor the caller
             limits the length of an episode.
     """
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
@@ -166,7 +168,7 @@ def make_limited_envs(
     """Make as many as asked for, or none.
 
     Raises:
-        EnvError: as ``make_limited_env``.
+        EnvError: As ``make_limited_env``.
     """
     environments: list[gymnasium.Env] = []
     with contextlib.ExitStack() as stack:

@@ -32,11 +32,11 @@ class Recall(gym.Env[np.ndarray, np.int64]):
       ``1 / cues``.
 
     Args:
-        length: blank steps between the cue and the question, at least 0; 200 and more are fine.
-        cues: how many signals there are, at least 2; drawn evenly.
+        length: Blank steps between the cue and the question, at least 0; 200 and more are fine.
+        cues: How many signals there are, at least 2; drawn evenly.
 
     Raises:
-        ValueError: a negative length or fewer than two cues.
+        ValueError: If the length is negative, or there are fewer than two cues.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own declaration

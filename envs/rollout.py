@@ -34,8 +34,8 @@ class Policy(Protocol):
 
         Args:
             mask: (B,) bool, True for rows that start an episode; None for all of them.
-            target_return: return to aim at, in reward units; None leaves it to the policy.
-            num_envs: number of rows B; given on the first call, which has no mask.
+            target_return: Return to aim at, in reward units; None leaves it to the policy.
+            num_envs: Number of rows B; given on the first call, which has no mask.
         """
 
     def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
@@ -162,25 +162,25 @@ def evaluate(
     it; in worker processes it costs the evaluation alone, which ends with an error.
 
     Args:
-        agent: see ``Policy``; it must keep its actions inside the environment's bounds.
-        environment_id: id such as ``Hopper-v5``.
-        episodes: number of episodes, at least 1.
-        target_return: return to ask the agent for, in reward units.
-        seed: non-negative seed of the set of episodes.
-        num_envs: environments stepped together; by default as many as episodes, at most 32.
-        num_workers: processes to hold the environments; 0 for this one.
-        timeout: seconds that a worker may take for a step of all its environments, None for ever;
+        agent: See ``Policy``; it must keep its actions inside the environment's bounds.
+        environment_id: Id such as ``Hopper-v5``.
+        episodes: Number of episodes, at least 1.
+        target_return: Return to ask the agent for, in reward units.
+        seed: Non-negative seed of the set of episodes.
+        num_envs: Environments stepped together; by default as many as episodes, at most 32.
+        num_workers: Processes to hold the environments; 0 for this one.
+        timeout: Seconds that a worker may take for a step of all its environments, None for ever;
             it has a minute at least to make them. Nothing can be timed out in this process.
-        max_episode_steps: truncate episodes here; None keeps the environment's own limit.
-        references: returns that score 0 and 100 percent; None takes D4RL's where there are any.
-        on_episode: called as ``on_episode(episode, episode_return, length)`` when one ends.
+        max_episode_steps: Truncate episodes here; None keeps the environment's own limit.
+        references: Returns that score 0 and 100 percent; None takes D4RL's where there are any.
+        on_episode: Called as ``on_episode(episode, episode_return, length)`` when one ends.
 
     Raises:
-        ConfigError: a number is out of range.
-        EnvError: the environment is unknown or has unsupported spaces, has no step limit, or cannot
-            be made, or not in another process.
-        EvaluationError: it fails, gives (or is given) something non-finite or misshapen, or its
-            process dies or gives no answer; the message names environment, episode and step, and
+        ConfigError: If a number is out of range.
+        EnvError: If the environment is unknown or has unsupported spaces, has no step limit, or
+            cannot be made, or not in another process.
+        EvaluationError: If the environment fails, gives (or is given) something non-finite or
+            misshapen, or its process dies or gives no answer; the message names environment, episode and step, and
             the episodes finished until then come with it.
     """
     for name, value, lowest in (

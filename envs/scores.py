@@ -27,11 +27,11 @@ def reference_scores(name: str) -> tuple[float, float]:
     yardstick only: say so beside such scores.
 
     Args:
-        name: an environment id (``Hopper-v5``) or dataset id (``minrl/hopper/medium-v0``,
+        name: An environment id (``Hopper-v5``) or dataset id (``minrl/hopper/medium-v0``,
             ``d4rl/hopper/medium-v2``, ``hopper-medium-v2``).
 
     Raises:
-        EnvError: no part of the name is a task with known scores.
+        EnvError: If no part of the name is a task with known scores.
     """
     if not isinstance(name, str):
         raise EnvError(
@@ -54,11 +54,11 @@ def normalized_score(returns: float | np.ndarray, name: str) -> float | np.ndarr
     """Express returns in percent: 0 is D4RL's random policy, 100 its expert.
 
     Args:
-        returns: undiscounted return(s) in reward units, any shape.
-        name: environment or dataset id, see ``reference_scores``.
+        returns: Undiscounted return(s) in reward units, any shape.
+        name: Environment or dataset id, see ``reference_scores``.
 
     Raises:
-        EnvError: the task has no known reference scores.
+        EnvError: If the task has no known reference scores.
     """
     return percent_of(returns, reference_scores(name))
 

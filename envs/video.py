@@ -55,7 +55,7 @@ def choose_gl() -> str:
     is written to ``MUJOCO_GL``, for the rest of the process; Windows and macOS need no choice.
 
     Raises:
-        EnvError: nothing works; the message says what to install.
+        EnvError: If nothing works; the message says what to install.
     """
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
     if not wanted and sys.platform != "linux":
@@ -126,7 +126,7 @@ def choose_writer(path: Path) -> Callable[[Path, list[np.ndarray], float], None]
     """Return what writes (path, frames, frames a second) to a file of this name.
 
     Raises:
-        EnvError: neither .mp4 nor .gif, or a library is missing.
+        EnvError: If it is neither .mp4 nor .gif, or a library is missing.
     """
     if path.suffix.lower() == ".gif":
         return _write_gif
@@ -155,17 +155,17 @@ def record_video(
     It is episode 0 of ``minrl.envs.rollout.evaluate`` with the same seed.
 
     Args:
-        agent: see ``minrl.envs.rollout.Policy``.
-        environment_id: id such as ``Hopper-v5``.
-        path: file to write, ``.mp4`` (needs the extra ``video``) or ``.gif``; replaced if it
+        agent: See ``minrl.envs.rollout.Policy``.
+        environment_id: Id such as ``Hopper-v5``.
+        path: File to write, ``.mp4`` (needs the extra ``video``) or ``.gif``; replaced if it
             exists.
-        target_return: return to ask the agent for, in reward units.
-        seed: non-negative seed of the episode.
-        max_episode_steps: truncate the episode here; None keeps the environment's own limit.
-        fps: frames per second aimed at; frames are left out to get near it.
+        target_return: Return to ask the agent for, in reward units.
+        seed: Non-negative seed of the episode.
+        max_episode_steps: Truncate the episode here; None keeps the environment's own limit.
+        fps: Frames per second aimed at; frames are left out to get near it.
 
     Raises:
-        EnvError: the kind of file is unknown or its writer is not installed, nothing renders
+        EnvError: If the kind of file is unknown or its writer is not installed, nothing renders
             offscreen (the message says what to install), or as ``minrl.envs.rollout.evaluate``.
     """
     path = Path(path)

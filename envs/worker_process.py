@@ -40,7 +40,7 @@ def pack(value: Any) -> Any:
     Sequences begin with their kind, since JSON takes tuples for lists and all keys for text.
 
     Raises:
-        TypeError: it is, or has in it, something other than numbers, text, lists and the like.
+        TypeError: If it is, or has in it, something other than numbers, text, lists and the like.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -137,8 +137,8 @@ def main(link: int, memory: int) -> None:
     """Be a worker.
 
     Args:
-        link: file descriptor of the socket to the parent.
-        memory: file descriptor of what the table lies in.
+        link: File descriptor of the socket to the parent.
+        memory: File descriptor of what the table lies in.
     """
     faulthandler.enable()  # where a simulator crashed is worth a few lines
     end_with_parent()

@@ -60,7 +60,7 @@ def portable_spec(environment_id: str) -> Any:
     """Return what another process has to know to make an environment, for JSON.
 
     Raises:
-        EnvError: the id is unknown, or the environment cannot be made elsewhere.
+        EnvError: If the id is unknown, or the environment cannot be made elsewhere.
     """
     spec = find_spec(environment_id)
     maker = _importable_name(environment_id, spec.entry_point)
@@ -102,8 +102,8 @@ class _Worker:
         """Return the next answer.
 
         Raises:
-            EnvError: what the worker says went wrong.
-            OSError, EOFError: there is no answer in time, or no worker any more.
+            EnvError: If what the worker says went wrong.
+            OSError, EOFError: If there is no answer in time, or no worker any more.
         """
         while b"\n" not in self._received:
             ended = self._has_ended()  # what it has forked may hold the line open
@@ -166,16 +166,16 @@ class WorkerLanes:
     """As ``minrl.envs.lanes.Lanes``, in processes that hold several rows each.
 
     Args:
-        environment_id: registered in this process; what registered it is not run in the workers.
-        num_workers: processes; fewer if there are fewer rows.
-        batch: rows B.
-        episodes: number of episodes of all rows together.
-        seed: the seed of episode e depends on (seed, e) alone.
-        max_episode_steps: truncate episodes here; None keeps the environment's own limit.
-        timeout: seconds that all rows of a worker together may take for a step; None for ever.
+        environment_id: Registered in this process; what registered it is not run in the workers.
+        num_workers: Processes; fewer if there are fewer rows.
+        batch: Rows B.
+        episodes: Number of episodes of all rows together.
+        seed: The seed of episode e depends on (seed, e) alone.
+        max_episode_steps: Truncate episodes here; None keeps the environment's own limit.
+        timeout: Seconds that all rows of a worker together may take for a step; None for ever.
 
     Raises:
-        EnvError: the environment cannot be made, or not in another process.
+        EnvError: If the environment cannot be made, or not in another process.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class WorkerLanes:
         """Start every row's first episode.
 
         Raises:
-            EnvError: an environment or its process fails, or takes longer than the timeout; the
+            EnvError: If an environment or its process fails, or takes longer than the timeout; the
                 message names it, the episode and the step. The other rows have their answers.
         """
         self._exchange(["start"] * len(self._workers), self._timeout)
@@ -234,7 +234,7 @@ class WorkerLanes:
         """Take the actions of the table, and start the next episode where one ends.
 
         Raises:
-            EnvError: as ``start``.
+            EnvError: As ``start``.
         """
         self._exchange(["step"] * len(self._workers), self._timeout)
 
@@ -242,7 +242,7 @@ class WorkerLanes:
         """Close the environments and end the processes; return what went wrong.
 
         Args:
-            patience: seconds that closing may take; by default the timeout.
+            patience: Seconds that closing may take; by default the timeout.
         """
         patience = self._timeout if patience is None else patience
         deadline = None if patience is None else time.monotonic() + patience
