@@ -64,8 +64,8 @@ def import_d4rl(
         The id of the dataset.
 
     Raises:
-        DatasetError: If the file is not in D4RL's layout, its task is not known, an episode is bad, or
-            the id is taken.
+        DatasetError: If the file is not in D4RL's layout, its task is not known, an episode
+            is bad, or the id is taken.
     """
     path = Path(path)
     if path.suffix in (".pkl", ".pickle"):

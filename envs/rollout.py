@@ -180,8 +180,8 @@ def evaluate(
         EnvError: If the environment is unknown or has unsupported spaces, has no step limit, or
             cannot be made, or not in another process.
         EvaluationError: If the environment fails, gives (or is given) something non-finite or
-            misshapen, or its process dies or gives no answer; the message names environment, episode and step, and
-            the episodes finished until then come with it.
+            misshapen, or its process dies or gives no answer; the message names environment,
+            episode and step, and the episodes finished until then come with it.
     """
     for name, value, lowest in (
         ("episodes", episodes, 1),
