@@ -16,28 +16,21 @@ AMAGO trains on sequences of one episode, without an incoming state and without 
 acts step by step with a state of a few vectors per environment, however long the episode.
 """
 
-import inspect
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of
 from minrl.agents.backbones.blocks import Backbone, State
 
 with interface_of("amago", install="see this module's docstring", known="3.3"):
     import gin
     from amago.nets.traj_encoders import TrajEncoder, register_traj_encoder
 
-    for name, wanted in {
-        "__init__": ["tstep_dim", "max_seq_len"],
-        "init_hidden_state": ["batch_size", "device"],
-        "reset_hidden_state": ["hidden_state", "dones"],
-        "forward": ["seq", "time_idxs", "hidden_state", "log_dict"],
-    }.items():
-        found = list(inspect.signature(getattr(TrajEncoder, name)).parameters)[1:]
-        if found != wanted:
-            raise TypeError(f"TrajEncoder.{name} takes {found}, not {wanted}")
+    check_call(TrajEncoder.__init__, None, tstep_dim=1, max_seq_len=1)
+    check_call(TrajEncoder.init_hidden_state, None, batch_size=1, device="cpu")
+    check_call(TrajEncoder.reset_hidden_state, None, hidden_state=None, dones=None)
+    check_call(TrajEncoder.forward, None, None, time_idxs=None, hidden_state=None, log_dict=None)
 
 
 class _BackboneTrajEncoder(TrajEncoder):

@@ -2,7 +2,8 @@
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 
 from minrl.errors import AdapterError
 
@@ -29,3 +30,20 @@ def interface_of(library: str, *, install: str, known: str) -> Iterator[None]:
         raise AdapterError(
             f"minrl cannot plug into {library} {version} ({error}); versions known to work: {known}"
         ) from error
+
+
+def check_call(function: Callable, *arguments: object, **keywords: object) -> None:
+    """Refuse a function of a library's that could not be called like this (it is not called).
+
+    Args:
+        function: Of a class: then the first argument stands for ``self``.
+        *arguments: Any values.
+        **keywords: Any values.
+
+    Raises:
+        TypeError: If it could not; names the function and the argument.
+    """
+    try:
+        inspect.signature(function).bind(*arguments, **keywords)
+    except TypeError as error:
+        raise TypeError(f"{function.__qualname__}: {error}") from None

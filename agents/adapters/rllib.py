@@ -15,14 +15,13 @@ filled steps, state included, RLlib drops. Its ``LOSS_MASK`` would be the wrong 
 also leaves out the last observation of an episode, whose value the return is bootstrapped from.
 """
 
-import inspect
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of
 from minrl.agents.backbones.cells import CELLS
 
 with interface_of("ray", install='pip install "ray[rllib]"', known="2.60"):
@@ -30,11 +29,11 @@ with interface_of("ray", install='pip install "ray[rllib]"', known="2.60"):
     from ray.rllib.core.rl_module.apis import ValueFunctionAPI
     from ray.rllib.core.rl_module.torch import TorchRLModule
 
-    inspect.signature(TorchRLModule._forward).bind(None, {})
-    inspect.signature(TorchRLModule._forward_train).bind(None, {})
-    inspect.signature(TorchRLModule.get_initial_state).bind(None)
-    inspect.signature(TorchRLModule.get_train_action_dist_cls).bind(None)
-    inspect.signature(ValueFunctionAPI.compute_values).bind(None, {}, embeddings=None)
+    check_call(TorchRLModule._forward, None, {})
+    check_call(TorchRLModule._forward_train, None, {})
+    check_call(TorchRLModule.get_initial_state, None)
+    check_call(TorchRLModule.get_train_action_dist_cls, None)
+    check_call(ValueFunctionAPI.compute_values, None, {}, embeddings=None)
     _ = Columns.STATE_IN, Columns.STATE_OUT, Columns.EMBEDDINGS, Columns.ACTION_DIST_INPUTS
 
 __all__ = ["MinimalRecurrentModule"]

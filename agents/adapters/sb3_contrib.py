@@ -12,27 +12,13 @@ Where an episode starts inside a batch, the library steps through the sequences 
 reset the LSTM's state. Here that is one parallel pass, resets included.
 """
 
-import inspect
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
-
-
-def _check_interface(policy: type) -> None:
-    """Raise TypeError where a method of the library's policy is not what is overridden here."""
-    for method, names in (
-        ("__init__", {"lstm_hidden_size", "n_lstm_layers", "shared_lstm", "enable_critic_lstm"}),
-        ("_process_sequence", {"features", "lstm_states", "episode_starts", "lstm"}),
-        ("predict", {"observation", "state", "episode_start", "deterministic"}),
-    ):
-        missing = names - inspect.signature(getattr(policy, method)).parameters.keys()
-        if missing:
-            raise TypeError(f"{method} takes no {', '.join(sorted(missing))}")
-
 
 with interface_of("sb3-contrib", install="pip install sb3-contrib", known="2.9"):
     from sb3_contrib import RecurrentPPO
@@ -42,7 +28,14 @@ with interface_of("sb3-contrib", install="pip install sb3-contrib", known="2.9")
         RecurrentMultiInputActorCriticPolicy,
     )
 
-    _check_interface(RecurrentActorCriticPolicy)
+    spaces = "observation_space", "action_space", "lr_schedule"
+    sizes = {"lstm_hidden_size": 1, "n_lstm_layers": 1}
+    kinds = {"shared_lstm": False, "enable_critic_lstm": True}
+    check_call(RecurrentActorCriticPolicy.__init__, None, *spaces, **sizes, **kinds)
+    sequence = "features", "lstm_states", "episode_starts", "lstm"
+    check_call(RecurrentActorCriticPolicy._process_sequence, *sequence)
+    given = {"state": None, "episode_start": None, "deterministic": False}
+    check_call(RecurrentActorCriticPolicy.predict, None, "observation", **given)
     _ALIASES = RecurrentPPO.policy_aliases
 
 __all__ = [

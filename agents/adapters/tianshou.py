@@ -11,7 +11,6 @@ so that the next observation starts anew. Training sees the last ``stack_num`` o
 from a zero state; at the start of an episode the buffer repeats its first observation to fill up.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of
 from minrl.agents.backbones.cells import CELLS
 
 with interface_of("tianshou", install="pip install tianshou", known="2.0"):
@@ -30,11 +29,10 @@ with interface_of("tianshou", install="pip install tianshou", known="2.0"):
         Recurrent,
     )
 
-    inspect.signature(ActionReprNetWithVectorOutput.forward).bind(None, None, state=None, info=None)
-    inspect.signature(ModuleWithVectorOutput.__init__).bind(None, 1)
-    inspect.signature(Recurrent.__init__).bind(
-        None, layer_num=1, state_shape=1, action_shape=1, hidden_layer_size=1
-    )
+    check_call(ActionReprNetWithVectorOutput.forward, None, None, state=None, info=None)
+    check_call(ModuleWithVectorOutput.__init__, None, 1)
+    sizes = {"layer_num": 1, "state_shape": 1, "action_shape": 1, "hidden_layer_size": 1}
+    check_call(Recurrent.__init__, None, **sizes)
 
 __all__ = ["MinimalRecurrent"]
 

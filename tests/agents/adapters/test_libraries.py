@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 
-from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of
 from minrl.errors import AdapterError
 
 
@@ -29,6 +29,16 @@ def test_another_interface_is_reported_with_its_version_and_those_that_work(look
         look()
     assert torch.__version__.partition("+")[0] in str(caught.value)
     assert "0.1 to 0.3" in str(caught.value)
+
+
+def test_a_call_that_no_longer_fits_is_named_and_not_made():
+    class Theirs:
+        def forward(self, batch, *, state):
+            raise AssertionError
+
+    check_call(Theirs.forward, None, {}, state=None)
+    with pytest.raises(TypeError, match=r"Theirs\.forward: missing a required argument: 'state'"):
+        check_call(Theirs.forward, None, {})
 
 
 def test_other_errors_pass():
