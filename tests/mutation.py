@@ -30,7 +30,7 @@ import torch
 
 CELLS = [
     f"tests/agents/backbones/test_{name}.py"
-    for name in ("scan", "scan_accuracy", "scan_operator", "cells", "layer")
+    for name in ("scan", "scan_accuracy", "scan_operator", "cells", "layer", "transforms")
 ]
 CHECKPOINTS = [
     "tests/agents/test_checkpoint.py",
