@@ -39,7 +39,7 @@ class ModelConfig:
 
     backbone: str = "mingru"
     """Sequence mixer: mingru, minlstm, gilr, gilr_lstm, gru, lstm, mamba, transformer, or mlp,
-    which looks at the present alone."""
+    which without a convolution looks at the present alone."""
     tokens: str = "joint"
     """joint: one token a step, about 2.5 times faster to train; interleaved: return, observation
     and action are tokens of their own, as in the paper; observation: nothing but that is seen."""

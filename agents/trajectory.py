@@ -174,7 +174,8 @@ class TrajectoryModel(nn.Module):
             timestep: (B,) integer.
             state: From the step before, or ``initial_state(B)``. Its last tensor is the action
                 taken at the step before; replace it if the caller changed the action.
-            reset: (B,) bool, True where an episode starts at this step.
+            reset: (B,) bool, True where an episode starts at this step: also at the first step
+                from ``initial_state``, or interleaved tokens see an action before it.
 
         Returns:
             The action (B, A) and the state, whose last tensor is that action.

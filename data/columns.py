@@ -12,7 +12,13 @@ import numpy as np
 from minrl.data.dataset_ids import dataset_folder
 from minrl.data.episodes import Episode
 from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
-from minrl.data.validate import ActionBounds, OnBadEpisode, find_violation, settle_violations
+from minrl.data.validate import (
+    ActionBounds,
+    OnBadEpisode,
+    check_on_bad_episode,
+    find_violation,
+    settle_violations,
+)
 from minrl.errors import DatasetError
 
 
@@ -72,9 +78,11 @@ def write_columns(
     """Write a Minari dataset of these steps, cut into episodes as by ``Columns.split``.
 
     Raises:
+        ConfigError: If ``on_bad_episode`` is neither of the two.
         DatasetError: If the id is taken or of an embedded dataset, an episode breaks a rule of
             ``find_violation`` and is not to be dropped, or the folder cannot be written.
     """
+    check_on_bad_episode(on_bad_episode)
     if card.dataset_id.startswith("minrl/"):
         raise DatasetError(
             f"{card.dataset_id}: ids that begin with minrl/ are those of embedded datasets"

@@ -148,11 +148,14 @@ def _specification(environment_id: str) -> str:
     """Return what an environment is registered as, in Gymnasium's JSON.
 
     Raises:
-        DatasetError: If it is registered with what JSON cannot hold.
+        DatasetError: If it is not registered, or with what JSON cannot hold.
     """
     import gymnasium
 
-    spec = gymnasium.spec(environment_id)
+    try:
+        spec = gymnasium.spec(environment_id)
+    except gymnasium.error.Error as error:
+        raise DatasetError(f"environment {environment_id} is not known: {error}") from error
     maker = spec.entry_point
     if callable(maker):  # which Gymnasium does not write; the name of it says the same
         name = getattr(maker, "__qualname__", type(maker).__name__)  # a partial has none

@@ -17,7 +17,7 @@ from minrl.envs.evaluation import Evaluation
 from minrl.envs.lanes import Lanes
 from minrl.envs.make import make_limited_env
 from minrl.envs.rollout import Policy, play_episodes
-from minrl.errors import EnvError
+from minrl.errors import ConfigError, EnvError
 
 _PROBE_SECONDS = 60
 _PROBE = """
@@ -165,9 +165,12 @@ def record_video(
         fps: Frames per second aimed at; frames are left out to get near it.
 
     Raises:
+        ConfigError: If the seed is negative.
         EnvError: If the kind of file is unknown or its writer is not installed, nothing renders
             offscreen (the message says what to install), or as ``minrl.envs.rollout.evaluate``.
     """
+    if seed < 0:
+        raise ConfigError(f"seed must be at least 0, not {seed}")
     path = Path(path)
     write = choose_writer(path)
     environment = make_limited_env(environment_id, max_episode_steps, render=True)

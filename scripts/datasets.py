@@ -13,7 +13,6 @@ from minrl.data.dataset_ids import dataset_folder
 from minrl.data.episodes import DatasetInfo, Episodes
 from minrl.data.minari_source import list_datasets, load_dataset
 from minrl.data.minari_writer import DatasetCard
-from minrl.data.validate import check_on_bad_episode
 from minrl.envs.make import check_spaces, make_env
 from minrl.envs.scores import REFERENCE_SCORES, percent_of, reference_scores
 from minrl.errors import ConfigError, EnvError
@@ -89,7 +88,6 @@ def import_d4rl_command(
         id: Id to give it; by default d4rl/hopper/medium-v2 and so on, after the file's name.
         on_bad_episode: "drop" leaves out episodes that break a rule, and says so.
     """
-    check_on_bad_episode(on_bad_episode)
     dataset_id = import_d4rl(
         file, id, reference_scores=REFERENCE_SCORES, on_bad_episode=on_bad_episode
     )
@@ -117,7 +115,6 @@ def import_arrays_command(
         algorithm: What chose the actions.
         on_bad_episode: "drop" leaves out episodes that break a rule, and says so.
     """
-    check_on_bad_episode(on_bad_episode)
     made = make_env(environment)
     check_spaces(made)
     card = DatasetCard(

@@ -48,6 +48,7 @@ COLOURS = {
     "minlstm": "tab:orange",
     "backbone": "tab:green",
 }
+ROUNDS = 5  # of each core, where updates are timed
 RECALL = Config(num_envs=32, num_steps=64, hidden_size=64, total_steps=150_000)
 BASE = replace(
     RECALL, learning_rate=1e-3, anneal=True, gae_lambda=0.95, memory=10, total_steps=150_000
@@ -203,7 +204,7 @@ class WholeSequence(nn.Module):
         return self.lstm(hidden, state)
 
 
-def measure_updates(rounds: int = 5) -> dict[str, dict[str, float]]:
+def measure_updates() -> dict[str, dict[str, float]]:
     """Time one epoch of PPO: 16 environments, 128 steps, hidden 128, resets inside, one thread.
 
     The cores take turns, so that whatever else the machine does hits all of them.
@@ -222,7 +223,7 @@ def measure_updates(rounds: int = 5) -> dict[str, dict[str, float]]:
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
         updates[core] = (agent, optimizer, rollout, config)
     seconds: dict[str, list[float]] = {core: [] for core in updates}
-    for index in range(rounds + 1):
+    for index in range(ROUNDS + 1):
         for core, arguments in updates.items():
             start = time.perf_counter()
             update(*arguments)

@@ -41,7 +41,7 @@ def study(config: StudyConfig) -> int:
         finally:  # after a second Ctrl-C, or a fault of ours: no process is left behind
             if workers.is_busy:
                 workers.stop(at_once=True)
-                wait_for(workers)
+                wait_for(workers, progress)
     progress.close()
     if asked:
         progress.say("stopped; the same command goes on")
@@ -65,13 +65,18 @@ def work(workers: LocalWorkers | RayWorkers, progress: Progress, asked: list[int
         if workers.is_busy:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     if workers.is_busy:
-        progress.say("stopping: the runs at work save; again to interrupt their evaluations too")
+        progress.say(
+            "stopping: the runs at work save, final evaluations are made again later; again to "
+            "break off all evaluations"
+        )
         workers.stop()
-        wait_for(workers)
+        wait_for(workers, progress)
 
 
-def wait_for(workers: LocalWorkers | RayWorkers) -> None:
-    """Wait until the runs that were asked to stop have done so."""
+def wait_for(workers: LocalWorkers | RayWorkers, progress: Progress) -> None:
+    """Wait until the runs that were asked to stop have done so, or were done before."""
     while workers.is_busy:
-        workers.poll()
+        for run, problem in workers.poll():
+            if problem is None:  # the others were stopped, which is no failure
+                progress.ended(run, None)
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -56,7 +56,7 @@ class LocalWorkers:
         """Ask the runs at work to save and stop, and begin no more.
 
         Args:
-            at_once: Whether to interrupt an evaluation.
+            at_once: Whether to break off an evaluation while training. A final one always is.
         """
         self._waiting.clear()
         for _, process in self.processes:

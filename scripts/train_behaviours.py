@@ -1,10 +1,11 @@
 """Train behaviour policies online, as those in ``data/policies`` were (extra: ``behaviours``).
 
 Run: ``python -m minrl.scripts.train_behaviours --environment hopper --out policies``. The policy
-files and the ``manifest.json`` that come out are what ``data/policies`` holds and
+files and the ``manifest.json`` that come out are of the form that ``data/policies`` has and
 ``minrl.data.behaviours`` reads. Hopper and Walker2d learn with PPO of stable-baselines3,
-HalfCheetah with SAC of sbx-rl. The shipped ones took 4M steps of Hopper, the first 4M of 8M of
-Walker2d (which matters to the learning rate only) and 600k of HalfCheetah.
+HalfCheetah with SAC of sbx-rl. The shipped ones are from 4M steps of Hopper, the first 4M of 8M of
+Walker2d (which matters to the learning rate only) and 600k of HalfCheetah; which of a run's
+policies ship was chosen by hand, so that its own manifest lists others.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ class BehaviourConfig:
     """What to train and where to put it.
 
     Attributes:
-        environment: the task.
-        out: folder for the policy files and the manifest; made if it does not exist.
-        steps: environment steps; by default those of the shipped policies.
-        snapshot_every: steps from one saved policy to the next; by default the shipped ones'.
-        seed: seed of the training.
+        environment: The task.
+        out: Folder for the policy files and the manifest; made if it does not exist.
+        steps: Environment steps; by default as many as the shipped policies come from.
+        snapshot_every: Steps from one saved policy to the next; by default a fraction of ``steps``
+            that suits the task.
+        seed: Seed of the training.
     """
 
     environment: Literal["hopper", "walker2d", "halfcheetah"] = "hopper"
@@ -266,7 +268,8 @@ def train_behaviours(config: BehaviourConfig) -> list[dict]:
         learner.learn(steps, callback=after_step)
     except KeyboardInterrupt:
         print("interrupted: writing the manifest of what there is", flush=True)
-    take_snapshot()
+    if not snapshots or snapshots[-1]["training_steps"] != learner.num_timesteps:
+        take_snapshot()
     write_manifest(config.out, config.environment, snapshots)
     return snapshots
 

@@ -83,7 +83,7 @@ class TrainConfig:
     refresh_every: int = 0
     """When acting, rebuild the state from the last context steps this often; 0 never, 1 always."""
     eval_every: int = 1000
-    """Steps between evaluations, each followed by a checkpoint."""
+    """Steps between evaluations, each after a checkpoint."""
     eval_episodes: int = 10
     """Episodes for each target in those evaluations; 0: none."""
     final_episodes: int = 100

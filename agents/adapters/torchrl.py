@@ -260,8 +260,8 @@ class MinGRUModule(_CellModule):
         out_keys: Instead of ``out_key``.
         default_recurrent_mode: Whether inputs are sequences outside ``set_recurrent_mode``.
         **options: ``gru``, a core to use instead of building one; or ``device``, ``dtype``,
-            ``candidate`` and ``learn_initial_state`` of the one that is built; ``python_based``
-            and ``recurrent_backend`` change nothing.
+            ``candidate``, ``memory`` and ``learn_initial_state`` of the one that is built;
+            ``python_based`` and ``recurrent_backend`` change nothing.
 
     Raises:
         ValueError: If the core is another cell or has ``batch_first=False``, or keys do not fit.

@@ -117,13 +117,14 @@ class GilrLSTMMixer(nn.Module):
         outputs: slice = ALL,
     ) -> tuple[Tensor, State]:
         """Mix (B, T, D) along time."""
-        fresh = self.initial_state(x.shape[0])[0]
-        surrogate, cell = self.initial_state(x.shape[0]) if state is None else state
+        fresh = self.initial_state(x.shape[0])
+        surrogate, cell = fresh if state is None else state
         linear, s_n = self.surrogate(x, surrogate.unsqueeze(0), resets=resets, mask=mask)
         before = torch.cat([surrogate.to(linear.dtype).unsqueeze(1), linear[:, :-1]], 1)  # B T H
         if resets is not None:
             starts = resets if mask is None else resets & mask
-            before = torch.where(starts.unsqueeze(-1), fresh.to(before.dtype).unsqueeze(1), before)
+            restarted = fresh[0].to(before.dtype).unsqueeze(1)
+            before = torch.where(starts.unsqueeze(-1), restarted, before)
         seen = torch.cat([x, before], -1)
         cells, c_n = self.cell(seen, cell.unsqueeze(0), resets=resets, mask=mask)
         hidden = self.output_gate(seen[:, outputs]).sigmoid() * cells[:, outputs]

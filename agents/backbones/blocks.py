@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     Args:
         width: D.
-        mixer: One of ``MIXERS``; None leaves it out, and the block does not look back.
+        mixer: One of ``MIXERS``; None leaves it out, and only a convolution looks back.
         mlp_ratio: Hidden features of the MLP per feature; 0 leaves the MLP out.
         dropout: After the mixer and after the MLP.
         convolution: Kernel size of the causal convolution; 0 leaves it out.

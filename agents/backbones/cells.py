@@ -106,9 +106,12 @@ class _MinimalRNN(nn.Module):
         shown = [f"{self.input_size}, {self.hidden_size}"]
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
         defaults |= {"candidate": "g", "normalize": True, "return_cell": False, "memory": None}
+        defaults["forget_bias"] = 3.0
         for name, default in defaults.items():
             if getattr(self, name, default) != default:
                 shown.append(f"{name}={getattr(self, name)!r}")
+        if self.bias_h0 is not None:
+            shown.append("learn_initial_state=True")
         return ", ".join(shown)
 
     @property
@@ -267,8 +270,7 @@ class MinGRU(_MinimalRNN):
 
     Takes the arguments of ``nn.GRU``; those it has no meaning for are refused. The rows of
     ``weight_ih_l*`` are the update gate's, then the candidate's. Unlike ``nn.GRU``, it keeps its
-    output for the backward pass, so do not change that in place, and ``torch.func.grad`` and second
-    derivatives do not go through it.
+    output for the backward pass, so do not change that in place.
 
     Args:
         input_size: Features of the input, F.

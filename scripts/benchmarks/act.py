@@ -123,7 +123,7 @@ def _onnx_policy() -> tuple[Callable, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "agent.onnx")
         export_agent(agent, path, "onnx")
-        return load_onnx(path), sum(StepPolicy(agent.model).sizes)
+        return load_onnx(path), StepPolicy(agent.model).state_size
 
 
 def _prepare_onnx(case: ActCase) -> Prepared:

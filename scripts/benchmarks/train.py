@@ -200,8 +200,7 @@ def _at(config: TrainConfig, precision: str) -> TrainConfig:
 
 def _tokens(config: TrainConfig) -> int:
     """Return the tokens of a batch, padding included."""
-    per_step = 3 if config.model.tokens == "interleaved" else 1
-    return config.batch_size * config.context * per_step
+    return config.batch_size * config.context * config.model.tokens_per_step
 
 
 def _part_of(name: str) -> str:

@@ -36,7 +36,7 @@ from minrl.scripts.examples.d3rlpy_agents import (
     make_replay_buffer,
 )
 from minrl.scripts.train import complete
-from minrl.scripts.train_config import DEFAULT_DATASET, FINAL_SEED, TrainConfig, quick
+from minrl.scripts.train_config import DEFAULT_DATASET, TrainConfig, quick
 
 with interface_of("d3rlpy", install=INSTALL, known="2.8.1"):
     import d3rlpy
@@ -218,7 +218,7 @@ def evaluate_as_minrl_train(
                 config.environment,
                 episodes=config.final_episodes,
                 target_return=target,
-                seed=FINAL_SEED + config.seed,
+                seed=config.final_seed,
                 references=episodes.info.references,
                 on_episode=lambda *_, bar=bar: bar.update(),
             )

@@ -15,7 +15,7 @@ from minrl.agents.files import read_text
 from minrl.envs.scores import reference_scores
 from minrl.errors import CheckpointError, ConfigError, EnvError
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train_config import FINAL_SEED, TrainConfig, flatten
+from minrl.scripts.train_config import TrainConfig, flatten
 
 RUN_FILE, PEER_FILE = "config.json", "peer.json"
 
@@ -193,7 +193,7 @@ def _choose(lines: list[dict], config: TrainConfig, best_step: int | None) -> li
     """
 
     def rank(evaluation: dict[str, Any]) -> tuple[bool, int]:
-        return evaluation["seed"] == FINAL_SEED + config.seed, evaluation["episodes"]
+        return evaluation["seed"] == config.final_seed, evaluation["episodes"]
 
     chosen: dict[tuple, dict[str, Any]] = {}
     for checkpoint, step in (("last", config.steps), ("best", best_step)):

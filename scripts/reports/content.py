@@ -152,7 +152,6 @@ def _findings(study: dict[str, Any]) -> list[str]:
 
 def _protocol(study: dict[str, Any]) -> Section:
     protocol = study["protocol"]
-    notes = [note for note in protocol["score_notes"] if note]
     rows = [
         ("data", _data(study)),
         ("targets", _targets(study)),
@@ -168,15 +167,7 @@ def _protocol(study: dict[str, Any]) -> Section:
     rows.append(("report made on", machine(study["machine"])))
     values = [("seeds", ", ".join(map(str, protocol["seeds"])))]
     values += [(title, _values(of)) for title, of in protocol["settings"].items()]
-    text = (
-        "Printed from the configurations that the runs were made with. Scores are percent of "
-        f"{_references(study)}."
-    )
-    if not notes or not all(note.startswith("D4RL-v2") for note in notes):
-        text += (
-            " On embedded or Minari data in v5 environments they are a common yardstick, not "
-            "D4RL-v2 scores, and may not be compared with published D4RL tables."
-        )
+    text = "Printed from the configurations that the runs were made with." + _scores(study)
     section = Section("protocol", "Protocol", [text], [Facts(rows, values)])
     if "quick" in protocol["settings"].get("preset", {}):
         section.text.append(
@@ -187,11 +178,20 @@ def _protocol(study: dict[str, Any]) -> Section:
     return section
 
 
-def _references(study: dict[str, Any]) -> str:
-    """Say what returns are 0 and 100 percent."""
-    own = [task["label"] for task in study["tasks"] if task["own_references"]]
-    text = "D4RL's reference returns: 0 is a random policy, 100 an expert"
-    return f"{text}; on {', '.join(own)} of the dataset's own" if own else text
+def _scores(study: dict[str, Any]) -> str:
+    """Say what returns are 0 and 100 percent, and what such scores may be compared with."""
+    scored = [task for task in study["tasks"] if task["unit"] == "score"]
+    if not scored:
+        return ""
+    own = [task["label"] for task in scored if task["own_references"]]
+    text = " Scores are percent of D4RL's reference returns: 0 is a random policy, 100 an expert"
+    text += f"; on {', '.join(own)} of the dataset's own." if own else "."
+    if not all((task["score_note"] or "").startswith("D4RL-v2") for task in scored):
+        text += (
+            " On embedded or Minari data in v5 environments they are a common yardstick, not "
+            "D4RL-v2 scores, and may not be compared with published D4RL tables."
+        )
+    return text
 
 
 def _data(study: dict[str, Any]) -> str:

@@ -23,9 +23,7 @@ EPISODE = 1000  # steps, after which it starts again
 RECURRENT, WINDOWED = 0, 1
 
 
-def measure_latency(
-    runs: Sequence[Run], methods: Sequence[Method], seconds: float = SECONDS
-) -> dict[str, Any]:
+def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str, Any]:
     """Time ``DecisionAgent.act`` of one run of each method, for one environment, on the CPU.
 
     Each acts in the way it was trained for, and those with a memory in the other way too: with a
@@ -36,7 +34,6 @@ def measure_latency(
     Args:
         runs: With checkpoints, or they are shown as missing.
         methods: Which ones; those with changes of settings and outside agents are passed over.
-        seconds: Of calls of each.
 
     Returns:
         "device", "threads", and "rows": method, way of acting, whether it is the one trained for,
@@ -65,7 +62,7 @@ def measure_latency(
         contestants,
         None,
         clock,
-        seconds=seconds,
+        seconds=SECONDS,
         most_rounds=MOST_ROUNDS,
         measure_memory=False,
     )

@@ -37,9 +37,7 @@ OF_THE_TASK = ("targets", "return_scale")
 SAYS_NOTHING = {"None", "auto"}
 
 
-def describe_protocol(
-    runs: list[Run], methods: list[Method], tasks: list[dict[str, Any]]
-) -> dict[str, Any]:
+def describe_protocol(runs: list[Run], methods: list[Method]) -> dict[str, Any]:
     """Return what the runs' own configurations say they had in common, and where they differ."""
     ours = [run for run in runs if run.library is None]
     return {
@@ -49,7 +47,6 @@ def describe_protocol(
         "final_seed": FINAL_SEED,
         "episodes": sorted({e["episodes"] for run in runs for e in run.evaluations}),
         "unexpected_seeds": _unexpected_seeds(ours),
-        "score_notes": list(dict.fromkeys(map(_score_note, tasks))),
         "versions": _versions(ours),
         "machines": sorted({run.machine for run in ours if run.machine}),
         "peers": {
@@ -58,12 +55,6 @@ def describe_protocol(
             if run.library is not None
         },
     }
-
-
-def _score_note(task: dict[str, Any]) -> str:
-    if task["unit"] == "score":
-        return task["score_note"]
-    return f"data on {task['environment']}, which no reference scores are known for"
 
 
 def _compare_settings(runs: list[Run], methods: list[Method]) -> dict[str, dict[str, list[str]]]:

@@ -104,7 +104,6 @@ def bootstrap_interval(
     statistic: Callable[..., np.ndarray],
     *groups: Scores,
     repetitions: int = REPETITIONS,
-    seed: int = BOOTSTRAP_SEED,
 ) -> tuple[Any, Any] | None:
     """Return the ends of the 95 % interval of a statistic: percentiles of a stratified bootstrap.
 
@@ -114,7 +113,6 @@ def bootstrap_interval(
         statistic: Of the groups, each a sequence of (repetitions, runs) arrays.
         groups: Scores of one or more methods.
         repetitions: Of the bootstrap.
-        seed: Of the draws.
 
     Returns:
         Lower and upper end, each of the statistic's shape; None if some task has a single run,
@@ -122,7 +120,7 @@ def bootstrap_interval(
     """
     if any(len(task) < 2 for group in groups for task in group):
         return None
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(BOOTSTRAP_SEED)
     drawn = [
         [task[random.integers(len(task), size=(repetitions, len(task)))] for task in group]
         for group in groups

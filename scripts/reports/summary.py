@@ -33,7 +33,7 @@ def summarise(
         "cells": cells,
         "comparisons": comparisons(methods, tasks, cells),
         "ablations": ablations(methods, tasks, cells),
-        "protocol": describe_protocol(runs, methods, tasks),
+        "protocol": describe_protocol(runs, methods),
         "runs": [_describe_run(run, tasks) for run in runs],
         "unfinished": len(left_out),
         "left_out": left_out + repeated,
@@ -77,7 +77,9 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "label": " + ".join(_label(name) for name in datasets),
                 "environment": environment,
                 "unit": "score" if scored else "return_mean",
-                "score_note": "; ".join(notes) or None,
+                "score_note": "; ".join(notes) or None
+                if scored
+                else "no reference scores are known",
                 "references": shared,
                 "own_references": shared not in (None, *REFERENCE_SCORES.values()),
                 "targets": list(dict.fromkeys(t for run in members for t in run.targets)),
@@ -162,7 +164,6 @@ def _asked(runs: list[Run]) -> list[dict[str, Any]]:
         {
             "target": target,
             "return_mean": float(np.mean([item["return_mean"] for item in items])),
-            "seeds": len(items),
         }
         for target, items in got.items()
     ]

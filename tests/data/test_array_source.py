@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from minrl.cli import main
+from minrl.data.array_source import import_arrays
 from minrl.data.dataset_ids import dataset_folder
 from minrl.data.minari_source import load_dataset
+from minrl.data.minari_writer import DatasetCard
 from minrl.errors import ConfigError, DatasetError
 from minrl.scripts.datasets import import_arrays_command
 
@@ -49,6 +51,28 @@ def test_every_step_arrives_in_its_episode(save):
     np.testing.assert_array_equal(episodes.rewards, arrays["rewards"].astype(np.float32))
     assert episodes.info.environment_id == "Pendulum-v1"
     assert episodes.info.reference_min is None
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"on_bad_episode": "Raise"}, ConfigError, 'must be "raise" or "drop", got \'Raise\''),
+        ({"environment": "Pendulums-v1"}, DatasetError, "Pendulums-v1 is not known: .*Pendulum"),
+    ],
+)
+def test_what_is_misspelt_is_named_from_python_too(save, options, kind, message):
+    environment = gymnasium.make("Pendulum-v1")
+    card = DatasetCard(
+        dataset_id="test/arrays/misspelt-v0",
+        environment_id=options.pop("environment", "Pendulum-v1"),
+        observation_space=environment.observation_space,
+        action_space=environment.action_space,
+        algorithm_name="random",
+        description="none",
+    )
+    with pytest.raises(kind, match=message):
+        import_arrays(save(), card, **options)
+    assert not dataset_folder(card.dataset_id).exists()
 
 
 def test_next_observations_and_reference_scores_are_kept(save):

@@ -11,7 +11,7 @@ from PIL import Image
 from minrl.envs import video
 from minrl.envs.rollout import evaluate
 from minrl.envs.video import choose_gl, record_video
-from minrl.errors import EnvError
+from minrl.errors import ConfigError, EnvError
 
 
 class Still:
@@ -92,6 +92,11 @@ def test_failed_recording_leaves_the_old_file(offscreen_gl, tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         record_video(Still(), "Hopper-v5", path, max_episode_steps=2)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("old.gif", b"old")]
+
+
+def test_a_negative_seed_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="seed must be at least 0, not -1"):
+        record_video(Still(), "Hopper-v5", tmp_path / "film.gif", seed=-1)
 
 
 def test_unknown_kind_of_file_is_named(tmp_path):

@@ -15,10 +15,10 @@ from minrl.agents.checkpoint import CheckpointFolder, load_weights
 from minrl.data.windows import WindowSampler
 from minrl.errors import ConfigError
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.study import study
+from minrl.scripts.study import study, wait_for
 from minrl.scripts.study_progress import Progress
 from minrl.scripts.study_run import carry_out, is_done, log_of
-from minrl.scripts.study_workers import last_line
+from minrl.scripts.study_workers import LocalWorkers, last_line
 
 pytestmark = pytest.mark.integration
 
@@ -286,6 +286,17 @@ def test_progress_shows_steps_scores_and_totals(finished):
     assert shown[1].startswith("1 of 1 done, 1 running")
     assert shown[2].endswith(f"mingru-s0  step 12 of 12  score {score:.1f}")
     assert shown[3].startswith("\x1b[2F\x1b[J1 of 1 done, 0 running")
+
+
+def test_a_run_that_ends_while_the_study_stops_is_counted(finished):
+    folder, log = finished.run_dir.parents[3], io.StringIO()
+    workers, progress = (
+        LocalWorkers([finished], 1, 1),
+        Progress([finished], [finished], folder, log),
+    )
+    workers.poll()
+    wait_for(workers, progress)
+    assert log.getvalue().splitlines()[1].startswith("done     ")
 
 
 def test_the_last_line_of_a_log_is_what_a_progress_bar_shows_last(tmp_path):

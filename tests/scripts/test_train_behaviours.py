@@ -59,6 +59,13 @@ def test_a_short_training_writes_policies_and_a_manifest_like_the_shipped_ones(
     shipped.close()
 
 
+def test_a_policy_at_the_last_step_is_listed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "MEASURE_EPISODES", 1)
+    config = BehaviourConfig("hopper", out=tmp_path, steps=4096, snapshot_every=1024)
+    steps = [shot["training_steps"] for shot in script.train_behaviours(config)]
+    assert steps == [16, 1024, 2048, 3072, 4096]
+
+
 def test_interrupted_training_writes_the_manifest_of_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MEASURE_EPISODES", 1)
     calls = []

@@ -136,6 +136,7 @@ def test_attributes_are_the_same(ours, theirs):
         assert type(values[0]) is type(values[1]), name
     texts = [repr(cell).partition("(")[2].rstrip(")") for cell in cells]
     assert texts[0].startswith(texts[1])
+    assert "learn_initial_state=True" in repr(ours(3, 5, learn_initial_state=True))
     assert [len(layer) for layer in ours(3, 5, 2).all_weights] == [2, 2]
     assert [len(layer) for layer in cells[0].all_weights] == [1, 1]
 

@@ -128,6 +128,20 @@ def test_methods_of_one_seed_are_reported_without_intervals(writers, tmp_path):
     assert 'class="bold' not in page
 
 
+def test_data_without_reference_scores_is_not_said_to_have_any(writers, tmp_path):
+    write_run, _ = writers(tmp_path)
+    path = write_run("mingru-s0", environment="Pendulum-v1")
+    file = path / "evaluations.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [line | {"environment_id": "Pendulum-v1", "normalized": None} for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study = make_report((tmp_path,), latency=False)
+    assert study["tasks"][0]["unit"] == "return_mean"
+    text = make_markdown(study, {}, {})
+    assert "no reference scores are known" in text
+    assert "D4RL" not in text.partition("## Protocol")[2].partition("\n## ")[0]
+
+
 def test_what_is_not_finished_is_said_at_the_top(writers, tmp_path):
     write_run, _ = writers(tmp_path)
     write_run("mingru-s0")
