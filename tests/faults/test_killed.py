@@ -181,6 +181,7 @@ def interrupt_in_the_middle_of_a_step(arguments, at):
     minrl(*arguments)
 
 
+@pytest.mark.interrupts
 def test_a_step_that_ctrl_c_tears_apart_is_not_saved(
     tmp_path, uninterrupted, train_arguments, contents_of, assert_equal
 ):

@@ -64,6 +64,7 @@ def test_an_error_on_another_thread_reaches_the_caller():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+@pytest.mark.interrupts
 def test_ctrl_c_ends_a_kernel_on_several_threads_once_all_of_them_have_ended():
     program = """
 import random, signal, threading, time, torch
