@@ -164,7 +164,7 @@ class AttentionMixer(nn.Module):
 
 def _count_new(filled: Tensor, length: int, resets: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return by how many tokens the count of those of the last sequence, (B, 1), changes."""
-    valid = filled.new_ones(len(filled), length) if mask is None else mask.to(filled.dtype)
+    valid = filled.new_ones(filled.shape[0], length) if mask is None else mask.to(filled.dtype)
     if resets is None:
         return valid.sum(1, keepdim=True)
     sequence = resets.cumsum(1)
