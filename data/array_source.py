@@ -51,12 +51,18 @@ def _read(path: Path, card: DatasetCard) -> Columns:
             names = file.files
             given = {name: file[name] for name in Columns._fields if name in names}
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path} cannot be read as an .npz file: {error}") from error
+        hint = "; make them arrays of numbers" if "Object arrays" in str(error) else ""
+        raise DatasetError(f"{path} cannot be read as an .npz file: {error}{hint}") from error
     for name in Columns._fields:
         if name not in (*given, "next_observations"):
             hint = f" ({name} are Gymnasium's {_GYMNASIUM[name]})" if name in _GYMNASIUM else ""
             there = ", ".join(names) or "none at all"
             raise DatasetError(f"{path} has no array {name!r}{hint}; it has {there}")
+    if given["rewards"].ndim == 2 and given["rewards"].shape[1] > 1:
+        raise DatasetError(
+            f"{path}: rewards have shape {given['rewards'].shape}; arrays are flat, one step after "
+            "the other, with terminals and timeouts where an episode ends"
+        )
     rows = count_rows(given.values(), path)
     shapes = {
         "observations": (rows, *card.observation_space.shape),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from minrl.data.dataset_ids import dataset_folder
 from minrl.data.episodes import Episode
-from minrl.data.minari_writer import DatasetCard, dataset_lock, write_dataset
+from minrl.data.minari_writer import DatasetCard, dataset_lock, time_limit, write_dataset
 from minrl.data.validate import (
     ActionBounds,
     OnBadEpisode,
@@ -95,7 +96,21 @@ def write_columns(
                 "another --id"
             )
         episodes = list(columns.split(max_episode_steps))
+        _warn_of_long_episodes(card, episodes)
         write_dataset(card, sound_episodes(card, episodes, on_bad_episode))
+
+
+def _warn_of_long_episodes(card: DatasetCard, episodes: list[Episode]) -> None:
+    """Say if there is one that the environment would have ended: its end may not be marked."""
+    limit = time_limit(card.environment_id)
+    longest = max(range(len(episodes)), key=lambda index: len(episodes[index].actions))
+    steps = len(episodes[longest].actions)
+    if limit is not None and steps > limit:
+        warnings.warn(
+            f"dataset {card.dataset_id}: episode {longest} has {steps:,} steps, where "
+            f"{card.environment_id} ends after {limit:,}: are all terminals and timeouts marked?",
+            stacklevel=4,
+        )
 
 
 def sound_episodes(

@@ -27,7 +27,8 @@ REMOTE_IDS = tuple(
 )
 """Well-known ids on Minari's server, to suggest from; others can be downloaded too."""
 
-_ID = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*-v[0-9]+")
+# Minari wants two characters at least before the last "/".
+_ID = re.compile(r"(?!./[^/]*$)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*-v[0-9]+")
 _one_writer = threading.Lock()
 _before_writing: dict[str, str | None] = {}  # the path while Minari is shown another
 _LONGEST_ID = 200  # characters; some file systems take no more than 255 in a name
@@ -49,8 +50,8 @@ def check_id(dataset_id: str) -> str:
     ):
         raise DatasetError(
             f"malformed dataset id {str(dataset_id)[:_LONGEST_ID]!r}: an id is made of letters, "
-            "digits, '_' and '-', parted by '/', and ends in -v and a number, for example "
-            "minrl/hopper/medium-v0"
+            "digits, '_' and '-', parted by '/' (at least two characters before it), and ends in "
+            "-v and a number, for example minrl/hopper/medium-v0"
         )
     return dataset_id
 

@@ -19,6 +19,7 @@ from minrl.data.metadata import check_reference_scores
 from minrl.errors import DatasetError
 
 if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
     from gymnasium.spaces import Box
 
 
@@ -144,18 +145,31 @@ def _no_images(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+def time_limit(environment_id: str) -> int | None:
+    """Return the steps after which an environment ends an episode, None for no limit.
+
+    Raises:
+        DatasetError: If it is not registered.
+    """
+    return _registered(environment_id).max_episode_steps
+
+
+def _registered(environment_id: str) -> EnvSpec:
+    import gymnasium
+
+    try:
+        return gymnasium.spec(environment_id)
+    except gymnasium.error.Error as error:
+        raise DatasetError(f"environment {environment_id} is not known: {error}") from error
+
+
 def _specification(environment_id: str) -> str:
     """Return what an environment is registered as, in Gymnasium's JSON.
 
     Raises:
         DatasetError: If it is not registered, or with what JSON cannot hold.
     """
-    import gymnasium
-
-    try:
-        spec = gymnasium.spec(environment_id)
-    except gymnasium.error.Error as error:
-        raise DatasetError(f"environment {environment_id} is not known: {error}") from error
+    spec = _registered(environment_id)
     maker = spec.entry_point
     if callable(maker):  # which Gymnasium does not write; the name of it says the same
         name = getattr(maker, "__qualname__", type(maker).__name__)  # a partial has none

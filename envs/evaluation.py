@@ -110,6 +110,11 @@ class Evaluation:
         )
 
 
+def format_return(value: float) -> str:
+    """Return a return as text: whole if that says enough, else three digits."""
+    return f"{value:.0f}" if abs(value) >= 100 or value == 0 else f"{value:.3g}"
+
+
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}

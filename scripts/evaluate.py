@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.envs.evaluation import Evaluation
+from minrl.envs.evaluation import Evaluation, format_return
 from minrl.envs.make import make_limited_env
 from minrl.envs.rollout import evaluate
 from minrl.envs.video import choose_writer, record_video
@@ -201,7 +201,8 @@ def check_environment(name: str, sizes: tuple[int, int], belongs_to: str | None,
     if other or found != sizes:
         raise ConfigError(
             f"{what} is from {belongs_to or 'elsewhere'} ({sizes[0]} observations, {sizes[1]} "
-            f"actions), not from {name} ({found[0]} and {found[1]})"
+            f"actions), not from {name} ({found[0]} and {found[1]}); another version of the same "
+            "environment will do, no other"
         )
 
 
@@ -230,11 +231,12 @@ TABLE_HEAD = (
 
 def table_row(name: str, step: int, evaluation: Evaluation) -> str:
     """Return one line of the table."""
-    returns, interval, score = f"{evaluation.return_mean:.0f}", "-", "-"
+    returns, interval, score = format_return(evaluation.return_mean), "-", "-"
     spread = len(evaluation.returns) > 1
     if spread:
         low, high = evaluation.interval_95
-        returns, interval = f"{returns} ± {evaluation.return_std:.0f}", f"{low:.0f} to {high:.0f}"
+        returns = f"{returns} ± {format_return(evaluation.return_std)}"
+        interval = f"{format_return(low)} to {format_return(high)}"
     if normalized := evaluation.normalized:
         score = f"{normalized['mean']:.1f}" + (f" ± {normalized['std']:.1f}" if spread else "")
     return (

@@ -15,7 +15,7 @@ from minrl.agents.decision_agent import DecisionAgent
 from minrl.agents.training import StepReport, Trainer
 from minrl.data.episodes import DatasetInfo
 from minrl.data.windows import Batch
-from minrl.envs.evaluation import Evaluation
+from minrl.envs.evaluation import Evaluation, format_return
 from minrl.envs.rollout import evaluate
 from minrl.errors import EvaluationError
 from minrl.scripts.machine import device_name
@@ -153,7 +153,7 @@ class Recorder:
                 warnings.warn(f"step {step} has no score: {error}; training goes on", stacklevel=2)
                 return
             score = first.return_mean
-            self.shown["return"] = f"{score:.0f}"
+            self.shown["return"] = format_return(score)
             if first.normalized:
                 self.shown["score"] = f"{first.normalized['mean']:.1f}%"
             self.bar.set_postfix(self.shown)

@@ -127,7 +127,7 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
     if config.context > episodes.lengths.max():
         raise ConfigError(
             f"context must be from 1 to {episodes.lengths.max()}, the longest episode of "
-            f"{episodes.info.dataset_id}, not {config.context}"
+            f"{episodes.info.dataset_id}, not {config.context}: give --context"
         )
     targets = config.targets or choose_targets(episodes)
     model = config.model
@@ -157,18 +157,41 @@ def choose_targets(episodes: Episodes) -> tuple[float, ...]:
 def build_model(config: TrainConfig, episodes: Episodes) -> TrajectoryModel:
     """Return a new model with the normalisation and action bounds of the data."""
     torch.manual_seed(config.seed)
-    observations, info = episodes.observations, episodes.info
+    observations = episodes.observations
     model = TrajectoryModel(observations.shape[1], episodes.actions.shape[1], config.model)
     mean, std = observations.mean(0, dtype="float64"), observations.std(0, dtype="float64")
+    # What is constant in the data stays as it is: divided by next to nothing, any other value would
+    # drown the rest. The Decision Transformer's 1e-6 is left out where it would count.
+    std[std <= 1e-7 * np.abs(mean)] = 1.0
     model.observation_mean.copy_(torch.from_numpy(mean))
-    model.observation_std.copy_(torch.from_numpy(std + 1e-6))
+    model.observation_std.copy_(torch.from_numpy(np.where(std < 1e-3, std, std + 1e-6)))
+    wanted_low, wanted_high = choose_bounds(episodes)
     # Rounded inwards: the nearest float32 may be outside of a float64 bound.
-    low, high = np.float32(info.action_low), np.float32(info.action_high)
-    low = np.where(low < info.action_low, np.nextafter(low, np.float32(np.inf)), low)
-    high = np.where(high > info.action_high, np.nextafter(high, np.float32(-np.inf)), high)
+    low, high = np.float32(wanted_low), np.float32(wanted_high)
+    low = np.where(low < wanted_low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > wanted_high, np.nextafter(high, np.float32(-np.inf)), high)
     model.action_low.copy_(torch.from_numpy(low))
     model.action_high.copy_(torch.from_numpy(high))
     return model
+
+
+def choose_bounds(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bounds of what an agent does, (A,) each: those of the actions.
+
+    Where the data fills less than a hundredth of them, what it fills: the model's outputs are in
+    proportion to the bounds, so that it could not tell such actions apart.
+    """
+    low, high = np.float64(episodes.info.action_low), np.float64(episodes.info.action_high)
+    least, most = (np.float64(f(episodes.actions, axis=0)) for f in (np.min, np.max))
+    narrow = (least < most) & (most - least < (high - low) / 100)
+    if narrow.any():
+        which = ", ".join(map(str, np.flatnonzero(narrow)))
+        warnings.warn(
+            f"the data uses less than a hundredth of the bounds of action {which}: the agent will "
+            "stay within what the data uses",
+            stacklevel=3,
+        )
+    return np.where(narrow, least, low), np.where(narrow, most, high)
 
 
 def make_sampler(config: TrainConfig, episodes: Episodes) -> WindowSampler:

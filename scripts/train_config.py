@@ -131,7 +131,8 @@ class TrainConfig:
             problems.append(f"targets must be finite, not {self.targets}")
         for name, is_possible, wanted in (
             ("on_bad_episode", self.on_bad_episode in ("raise", "drop"), "raise or drop"),
-            ("held_out", 0 < self.held_out < 1, "between 0 and 1"),
+            ("dataset", len(set(self.dataset)) == len(self.dataset), "different ids"),
+            ("held_out", 0 < self.held_out < 1, "above 0 and below 1"),
             ("best_fraction", 0 < self.best_fraction <= 1, "in (0, 1]"),
             (
                 "match_parameters",

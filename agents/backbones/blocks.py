@@ -140,6 +140,8 @@ class Backbone(nn.Module):
         if backbone not in MIXERS:
             raise ValueError(f"backbone must be one of {', '.join(MIXERS)}, not {backbone!r}")
         make_mixer = MIXERS[backbone]
+        if make_mixer is None and options:
+            raise TypeError(f"{backbone} has no mixer to give {', '.join(options)} to")
         self.input_size = self.hidden_size = width
         self.num_layers, self.batch_first = num_layers, batch_first
         self.blocks = nn.ModuleList(

@@ -17,7 +17,7 @@ from minrl.agents.backbones.nn_errors import (
     check_input,
     check_state,
 )
-from minrl.agents.backbones.scan import flags_of_step
+from minrl.agents.backbones.scan import check_flags, flags_of_step
 from minrl.agents.backbones.scan_torch import CANDIDATES, PARTS
 
 State = Tensor | tuple[Tensor, Tensor]  # a pair (h, c) if there is ``return_cell``
@@ -164,6 +164,9 @@ class _MinimalRNN(nn.Module):
             output, h_n = self._forward_packed(input, hx, resets, mask)
             return output, self._paired(h_n)
         check_axes(type(self).__name__, input, hx, self.return_cell)
+        for name, flags in (("resets", resets), ("mask", mask)):
+            if flags is not None:
+                check_flags(name, flags, input.shape[:-1])
         if input.dim() == 3:
             output, h_n = self._run(input, hx, resets, mask, self.batch_first)
             return output, self._paired(h_n)

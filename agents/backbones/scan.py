@@ -116,7 +116,7 @@ def check_arguments(activation: str, **tensors: Tensor | None) -> None:
     first, sequences = next(iter(given.items()))
     for name in ("resets", "mask"):
         if name in given:
-            _check_flags(name, given[name], sequences.shape[:2])
+            check_flags(name, given[name], sequences.shape[:2])
     for name, tensor in given.items():
         if tensor.device != sequences.device:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {sequences.device}")
@@ -130,11 +130,16 @@ def flags_of_step(reset: Tensor | None, batch: int) -> Tensor | None:
     """
     if reset is None:
         return None
-    _check_flags("reset", reset, (batch,))
+    check_flags("reset", reset, (batch,))
     return reset.unsqueeze(1)
 
 
-def _check_flags(name: str, flags: Tensor, shape: Sequence[int]) -> None:
+def check_flags(name: str, flags: Tensor, shape: Sequence[int]) -> None:
+    """Refuse what is no tensor of bool of that shape.
+
+    Raises:
+        ValueError: If it is not.
+    """
     kind = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
     if kind != torch.bool or flags.shape != shape:
         given = f"{kind} of {tuple(flags.shape)}" if hasattr(flags, "shape") else kind

@@ -27,6 +27,7 @@ from minrl.agents.devices import choose_device
 from minrl.agents.files import write_atomically
 from minrl.data.episodes import Episodes
 from minrl.data.minari_source import load_dataset
+from minrl.envs.evaluation import format_return
 from minrl.envs.rollout import Policy, evaluate
 from minrl.errors import ConfigError, MinrlError
 from minrl.scripts.examples.d3rlpy_agents import (
@@ -224,7 +225,8 @@ def evaluate_as_minrl_train(
             )
         asked = "" if target is None else f" asked for {target:g}"
         score = f", score {evaluation.normalized['mean']:.1f} %" if evaluation.normalized else ""
-        print(f"return{asked}: {evaluation.return_mean:.0f} ± {evaluation.return_std:.0f}{score}")
+        mean, std = map(format_return, (evaluation.return_mean, evaluation.return_std))
+        print(f"return{asked}: {mean} ± {std}{score}")
         lines.append({"checkpoint": "last", "step": config.steps, **evaluation.to_dict()})
     return lines
 

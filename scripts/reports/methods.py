@@ -74,7 +74,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     if settings["match_parameters"] is not None:
         settings.pop("width")  # it was chosen to match
     if settings["attention_context"] == settings["burn_in"] + settings["context"]:
-        settings.pop("attention_context")  # it was filled in
+        settings["attention_context"] = None  # as it was before it was filled in
     return settings
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from minrl.envs.evaluation import format_return
 from minrl.scripts.reports.cells import (
     MISSING,
     NOT_WIDENED,
@@ -322,7 +323,7 @@ def asked_table(study: dict[str, Any]) -> Table | None:
             for name in names:
                 asked = by_place.get((name, index), [])
                 got = [item["return_mean"] for item in asked if item["target"] == target]
-                cells.append(Cell(f"{got[0]:.0f}" if got else MISSING))
+                cells.append(Cell(format_return(got[0]) if got else MISSING))
             rows.append(cells)
     heads = [Cell("task"), Cell("asked for"), *(method_cell(study, name) for name in names)]
     note = "Mean return, in reward units, of the last checkpoints over seeds and episodes."

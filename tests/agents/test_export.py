@@ -70,6 +70,7 @@ KINDS = {
         "candidate": "identity",
         "mlp_ratio": 0,
     },
+    "joint-transformer": {"backbone": "transformer", "attention_context": 5},
     "interleaved-tanh-expanded": {"tokens": "interleaved", "candidate": "tanh", "expansion": 2},
 }
 
@@ -125,6 +126,8 @@ def act_through(agent, episode):
     [
         ("joint-mingru", "onnx"),
         ("interleaved-minlstm-convolution", "pt2"),
+        ("joint-transformer", "onnx"),
+        ("joint-transformer", "pt2"),
         *(
             pytest.param(kind, to, marks=pytest.mark.slow)
             for kind, to in (

@@ -75,6 +75,14 @@ def test_what_is_misspelt_is_named_from_python_too(save, options, kind, message)
     assert not dataset_folder(card.dataset_id).exists()
 
 
+def test_ends_that_are_not_marked_are_noticed(save):
+    path = save(rows=300, terminals=np.zeros(300, bool), timeouts=np.zeros(300, bool))
+    with pytest.warns(
+        UserWarning, match="episode 0 has 300 steps, where Pendulum-v1 ends after 200"
+    ):
+        import_arrays_command(path, id="test/arrays/endless-v0", **PENDULUM)
+
+
 def test_next_observations_and_reference_scores_are_kept(save):
     following = np.random.default_rng(1).uniform(-1, 1, (25, 3)).astype(np.float32)
     path = save(next_observations=following)

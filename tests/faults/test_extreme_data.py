@@ -41,6 +41,15 @@ def two_passes(column):
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
+def test_bounds_that_the_data_hardly_uses_become_the_data_s():
+    episodes = make_episodes(np.zeros((101, 3), np.float32), [100], (-1e6, -2.0), (1e6, 2.0))
+    episodes.actions[:, 0] = np.linspace(-0.5, 0.25, 100)
+    with pytest.warns(UserWarning, match="less than a hundredth of the bounds of action 0: "):
+        model = build_model(CONFIG, episodes)
+    assert model.action_low.tolist() == [-0.5, -2.0]  # constant at 0 is no range to stay within
+    assert model.action_high.tolist() == [0.25, 2.0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[400, 300, 299], [1]], ids=["many", "one-sample"])
 def test_normalisation_is_finite_and_that_of_two_passes(kind, lengths):
@@ -52,7 +61,9 @@ def test_normalisation_is_finite_and_that_of_two_passes(kind, lengths):
         got = model.observation_mean[column].item(), model.observation_std[column].item()
         # The buffers are float32: a deviation can be told from zero only as far as those go.
         assert got[0] == pytest.approx(mean, rel=1e-6, abs=1e-12)
-        assert got[1] == pytest.approx(deviation + 1e-6, rel=1e-6, abs=1e-9)
+        is_constant = deviation <= 1e-7 * abs(mean)
+        wanted = 1.0 if is_constant else deviation
+        assert got[1] == pytest.approx(wanted + 1e-6 * (wanted > 1e-3), rel=1e-6, abs=1e-20)
     observations = torch.from_numpy(episodes.observations)
     normalised = (observations - model.observation_mean) / model.observation_std
     assert normalised.isfinite().all()

@@ -105,7 +105,7 @@ def test_evaluation_does_not_depend_on_how_many_environments_step_together(finis
 def test_one_episode_has_neither_spread_nor_interval(finished, capsys):
     evaluate_run(finished, EvaluateConfig(episodes=1, checkpoint="last", targets=(1000.0,)))
     row = capsys.readouterr().out.splitlines()[1]
-    assert re.fullmatch(r"last +\d+ +1000 +-?\d+ +- +\d+ +-?\d+\.\d", row)
+    assert re.fullmatch(r"last +\d+ +1000 +-?\d+(\.\d+)? +- +\d+ +-?\d+\.\d", row)
 
 
 def test_best_and_last_are_both_reported_and_named(finished, capsys):

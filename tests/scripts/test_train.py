@@ -168,8 +168,13 @@ WRONG = {
     ),
     "targets": ({"targets": (1.0, float("nan"))}, ConfigError, "targets must be finite"),
     "bad-episode": ({"on_bad_episode": "fix"}, ConfigError, "on-bad-episode must be raise or drop"),
+    "twice": (
+        {"dataset": ("aa-v0", "bb-v0", "aa-v0")},
+        ConfigError,
+        "dataset must be different ids",
+    ),
     "no-steps": ({"steps": 0}, ConfigError, "steps must be at least 1, not 0"),
-    "held-out": ({"held_out": 1.0}, ConfigError, "held-out must be between 0 and 1, not 1.0"),
+    "held-out": ({"held_out": 1.0}, ConfigError, "held-out must be above 0 and below 1, not 1.0"),
     "backbone": (
         {"model": ModelConfig(backbone="rwkv")},
         ConfigError,

@@ -74,7 +74,7 @@ def test_hostile_id_is_refused_before_any_file_access(dataset_id):
 
 
 def test_file_access_would_have_been_noticed(datasets_path):
-    error, events = file_events_of(lambda: load_dataset("a/b-v0", download=False))
+    error, events = file_events_of(lambda: load_dataset("aa/b-v0", download=False))
     assert "not on this machine" in str(error)
     assert events
 

@@ -262,3 +262,8 @@ def test_a_backbone_says_what_wrappers_ask_a_recurrent_layer():
     backbone = Backbone(WIDTH, 2)
     assert (backbone.input_size, backbone.hidden_size, backbone.num_layers) == (WIDTH, WIDTH, 2)
     assert backbone.batch_first
+
+
+def test_options_of_a_mixer_that_there_is_not_are_refused():
+    with pytest.raises(TypeError, match="mlp has no mixer to give memory to"):
+        Backbone(16, 2, "mlp", memory=100)

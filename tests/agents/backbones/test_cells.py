@@ -79,6 +79,15 @@ def test_parallel_equals_step_with_resets(make, batch_first, learned):
     torch.testing.assert_close(h_n, h, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["resets", "mask"])
+@pytest.mark.parametrize("shape", [(7, 3), (7,)], ids=["batch", "unbatched"])
+def test_flags_that_are_not_bool_or_misshapen_are_named(name, shape):
+    cell, x = MinGRU(2, 4), torch.randn(*shape, 2)
+    for wrong in (torch.ones(shape), torch.ones(5, dtype=torch.bool), [True] * 7):
+        with pytest.raises(ValueError, match=rf"{name} must be bool of \({shape[0]},"):
+            cell(x, **{name: wrong})
+
+
 @both
 def test_mask_freezes_the_state_and_hides_nan(make):
     cell = make(3, 5, batch_first=True)

@@ -119,6 +119,17 @@ def test_the_worth_of_a_choice_is_the_mean_of_paired_differences(rivals, write_r
     assert row["interval"] is None  # a single pair on one task
 
 
+def test_a_window_other_than_the_one_filled_in_is_an_ablation(write_run, tmp_path):
+    """``minrl train`` fills in a transformer's attention context, here by the 20 of the windows."""
+    for name, score, steps in (("transformer-s0", 50.0, 20), ("transformer,narrow-s0", 40.0, 5)):
+        model = {"attention_context": steps}
+        write_run(name, constant(score), backbone="transformer", model=model)
+    study = study_of(tmp_path)
+    (row,) = study["ablations"]
+    assert (row["change"], row["difference"]) == ("attention context 5", pytest.approx(-10.0))
+    assert study["left_out"] == []
+
+
 def test_other_ways_to_act_are_ablations_and_not_scores(write_run, tmp_path):
     for seed, (usual, windowed) in enumerate(((50.0, 53.0), (60.0, 61.0))):
         also = [("last", 4, 3600.0, windowed, 1)]
