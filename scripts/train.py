@@ -160,9 +160,10 @@ def build_model(config: TrainConfig, episodes: Episodes) -> TrajectoryModel:
     observations = episodes.observations
     model = TrajectoryModel(observations.shape[1], episodes.actions.shape[1], config.model)
     mean, std = observations.mean(0, dtype="float64"), observations.std(0, dtype="float64")
-    # What is constant in the data stays as it is: divided by next to nothing, any other value would
-    # drown the rest. The Decision Transformer's 1e-6 is left out where it would count.
-    std[std <= 1e-7 * np.abs(mean)] = 1.0
+    # What is constant in the data, as far as float32 can tell, stays as it is: divided by next to
+    # nothing, any other value would drown the rest. The Decision Transformer's 1e-6 is left out
+    # where it would count.
+    std[std <= np.maximum(1e-7 * np.abs(mean), 1e-30)] = 1.0
     model.observation_mean.copy_(torch.from_numpy(mean))
     model.observation_std.copy_(torch.from_numpy(np.where(std < 1e-3, std, std + 1e-6)))
     wanted_low, wanted_high = choose_bounds(episodes)
@@ -183,7 +184,7 @@ def choose_bounds(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
     """
     low, high = np.float64(episodes.info.action_low), np.float64(episodes.info.action_high)
     least, most = (np.float64(f(episodes.actions, axis=0)) for f in (np.min, np.max))
-    narrow = (least < most) & (most - least < (high - low) / 100)
+    narrow = (least < most) & (most - least < high / 100 - low / 100)
     if narrow.any():
         which = ", ".join(map(str, np.flatnonzero(narrow)))
         warnings.warn(

@@ -20,6 +20,7 @@ KINDS = {
     "constant": lambda values: np.full_like(values, 3.3),
     "far-from-zero": lambda values: 1e8 + 100 * values,
     "tiny": lambda values: 1e-8 * values,
+    "denormal": lambda values: 1e-40 * values,
     "huge": lambda values: 1e15 * values,
 }
 
@@ -61,7 +62,7 @@ def test_normalisation_is_finite_and_that_of_two_passes(kind, lengths):
         got = model.observation_mean[column].item(), model.observation_std[column].item()
         # The buffers are float32: a deviation can be told from zero only as far as those go.
         assert got[0] == pytest.approx(mean, rel=1e-6, abs=1e-12)
-        is_constant = deviation <= 1e-7 * abs(mean)
+        is_constant = deviation <= max(1e-7 * abs(mean), 1e-30)
         wanted = 1.0 if is_constant else deviation
         assert got[1] == pytest.approx(wanted + 1e-6 * (wanted > 1e-3), rel=1e-6, abs=1e-20)
     observations = torch.from_numpy(episodes.observations)
