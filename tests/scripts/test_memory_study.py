@@ -1,4 +1,3 @@
-import functools
 import json
 from dataclasses import replace
 
@@ -21,8 +20,7 @@ def study(monkeypatch, tmp_path):
     )
     tasks = {"recall-2": memory_study.Task("Recall, 2 blank steps", config, 0.25)}
     monkeypatch.setattr(memory_study, "TASKS", tasks)
-    once = functools.partial(memory_study.measure_updates, rounds=1)
-    monkeypatch.setattr(memory_study, "measure_updates", once)
+    monkeypatch.setattr(memory_study, "ROUNDS", 1)
     return Study(("recall-2",), ("lstm", "mingru"), 2, tmp_path / "runs", tmp_path / "results", 1)
 
 

@@ -288,12 +288,9 @@ def test_progress_shows_steps_scores_and_totals(finished):
     assert shown[3].startswith("\x1b[2F\x1b[J1 of 1 done, 0 running")
 
 
-def test_a_run_that_ends_while_the_study_stops_is_counted(finished):
-    folder, log = finished.run_dir.parents[3], io.StringIO()
-    workers, progress = (
-        LocalWorkers([finished], 1, 1),
-        Progress([finished], [finished], folder, log),
-    )
+def test_a_run_that_ends_while_the_study_stops_is_counted(finished, tmp_path):
+    run, log = copy_of(finished, tmp_path), io.StringIO()
+    workers, progress = LocalWorkers([run], 1, 1), Progress([run], [run], tmp_path, log)
     workers.poll()
     wait_for(workers, progress)
     assert log.getvalue().splitlines()[1].startswith("done     ")
