@@ -28,14 +28,21 @@ with interface_of("sb3-contrib", install="pip install sb3-contrib", known="2.9")
         RecurrentMultiInputActorCriticPolicy,
     )
 
-    spaces = "observation_space", "action_space", "lr_schedule"
-    sizes = {"lstm_hidden_size": 1, "n_lstm_layers": 1}
-    kinds = {"shared_lstm": False, "enable_critic_lstm": True}
-    check_call(RecurrentActorCriticPolicy.__init__, None, *spaces, **sizes, **kinds)
-    sequence = "features", "lstm_states", "episode_starts", "lstm"
-    check_call(RecurrentActorCriticPolicy._process_sequence, *sequence)
-    given = {"state": None, "episode_start": None, "deterministic": False}
-    check_call(RecurrentActorCriticPolicy.predict, None, "observation", **given)
+    check_call(
+        RecurrentActorCriticPolicy.__init__,
+        *(None, "observation_space", "action_space", "lr_schedule"),
+        **{"lstm_hidden_size": 1, "n_lstm_layers": 1},
+        **{"shared_lstm": False, "enable_critic_lstm": True},
+    )
+    check_call(
+        RecurrentActorCriticPolicy._process_sequence,
+        *("features", "lstm_states", "episode_starts", "lstm"),
+    )
+    check_call(
+        RecurrentActorCriticPolicy.predict,
+        *(None, "observation"),
+        **{"state": None, "episode_start": None, "deterministic": False},
+    )
     _ALIASES = RecurrentPPO.policy_aliases
 
 __all__ = [
