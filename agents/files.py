@@ -51,7 +51,8 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
         if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {path}: {error}") from error
+            reason = error.strerror or error  # without the temporary file's name
+            raise CheckpointError(f"cannot write {path}: {reason}") from error
         raise
 
 

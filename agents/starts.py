@@ -21,6 +21,7 @@ class Starts:
         self.flags = np.ones(0, dtype=bool)
         self.targets = np.zeros(0)
         self._asked: float | np.ndarray | None = None  # by the last reset of all
+        self._counted = False  # whether the last reset said how many there are
 
     def announce(
         self,
@@ -32,6 +33,7 @@ class Starts:
         """Do what ``DecisionAgent.reset`` says; ``default`` is the agent's own target."""
         asked = None if target_return is None else _checked_targets(target_return)
         several = isinstance(asked, np.ndarray)
+        counted = mask is not None or num_envs is not None or several
         if mask is None:
             if num_envs is None:
                 num_envs = len(asked) if several else max(len(self.flags), 1)
@@ -50,7 +52,9 @@ class Starts:
         if mask.all():
             self._asked = asked
             self.flags[:] = True
+            self._counted = False
         self.resize(len(mask), default)
+        self._counted = counted
         self.flags = self.flags | mask
         if asked is None:
             asked = default
@@ -63,7 +67,7 @@ class Starts:
             Whether it is another.
 
         Raises:
-            ValueError: If one is, or if other returns were asked of each.
+            ValueError: If one is, or if the last reset said how many there are.
         """
         before = len(self.flags)
         if batch == before:
@@ -73,15 +77,16 @@ class Starts:
                 f"{before} environments are in the middle of episodes, and now there are {batch}: "
                 f"call reset(num_envs={batch}) if all start anew"
             )
+        if self._counted:
+            raise ValueError(f"reset was told of {before} environments, and now there are {batch}")
         asked = default if self._asked is None else self._asked
-        if isinstance(asked, np.ndarray) and len(asked) != batch:
-            raise ValueError(f"there are {len(asked)} targets for {batch} environments")
         self.flags, self.targets = np.ones(batch, dtype=bool), np.full(batch, asked)
         return True
 
     def clear(self) -> None:
         """Note that what was announced has happened."""
         self.flags = np.zeros(len(self.flags), dtype=bool)
+        self._counted = False
 
 
 def checked_target(value: float) -> float:

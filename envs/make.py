@@ -91,8 +91,8 @@ def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gym
         **kwargs: Passed to ``gymnasium.make``, for example ``max_episode_steps``.
 
     Raises:
-        EnvError: If the id is unknown (near matches are named), its simulator is missing, or it
-            fails.
+        EnvError: If the id is unknown (near matches are named), its simulator is missing, it fails,
+            or it has no frames to render.
     """
     import gymnasium
 
@@ -101,7 +101,8 @@ def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gym
         kwargs["render_mode"] = "rgb_array"
     try:
         with quiet_mujoco():
-            return gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
+            warnings.filterwarnings("ignore", message=".*not in the possible render_modes")
+            environment = gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise EnvError(
             f"environment {environment_id!r} needs software that is not installed: {error}"
@@ -110,6 +111,10 @@ def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gym
         raise EnvError(f"environment {environment_id!r} cannot be made: {error}") from error
     except (Exception, SystemExit) as error:  # whatever its own code raises
         raise EnvError(f"environment {environment_id!r} cannot be made: {error!r}") from error
+    if render and "rgb_array" not in environment.metadata.get("render_modes", ()):
+        environment.close()
+        raise EnvError(f"environment {environment_id!r} cannot be filmed: it renders no rgb_array")
+    return environment
 
 
 def check_spaces(env: gymnasium.Env) -> None:

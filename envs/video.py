@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from minrl.envs.lanes import Lanes
 from minrl.envs.make import make_limited_env
 from minrl.envs.rollout import Policy, play_episodes
 from minrl.errors import ConfigError, EnvError
+
+if TYPE_CHECKING:
+    import gymnasium
 
 _PROBE_SECONDS = 60
 _PROBE = """
@@ -140,6 +143,30 @@ def choose_writer(path: Path) -> Callable[[Path, list[np.ndarray], float], None]
     return _write_mp4
 
 
+def check_video(path: Path, environment_id: str) -> None:
+    """Refuse what :func:`record_video` could not do, before anything takes long.
+
+    Raises:
+        EnvError: As :func:`record_video`.
+    """
+    choose_writer(path)
+    _make_filmable(environment_id).close()
+
+
+def _make_filmable(environment_id: str, max_episode_steps: int | None = None) -> gymnasium.Env:
+    environment = make_limited_env(environment_id, max_episode_steps, render=True)
+    try:
+        if hasattr(environment.unwrapped, "mujoco_renderer"):
+            choose_gl()
+            # On a CPU these two cost four fifths of a frame's time and hardly show.
+            quality = environment.unwrapped.model.vis.quality
+            quality.offsamples, quality.shadowsize = 0, 512
+    except EnvError:
+        environment.close()
+        raise
+    return environment
+
+
 def record_video(
     agent: Policy,
     environment_id: str,
@@ -166,20 +193,15 @@ def record_video(
 
     Raises:
         ConfigError: If the seed is negative.
-        EnvError: If the kind of file is unknown or its writer is not installed, nothing renders
-            offscreen (the message says what to install), or as ``minrl.envs.rollout.evaluate``.
+        EnvError: If the kind of file is unknown or its writer is not installed, the environment has
+            no frames or nothing renders them offscreen (the message says what to install), or as
+            ``minrl.envs.rollout.evaluate``.
     """
     if seed < 0:
         raise ConfigError(f"seed must be at least 0, not {seed}")
     path = Path(path)
     write = choose_writer(path)
-    environment = make_limited_env(environment_id, max_episode_steps, render=True)
-    with closing(environment):
-        if hasattr(environment.unwrapped, "mujoco_renderer"):
-            choose_gl()
-            # On a CPU these two cost four fifths of a frame's time and hardly show.
-            quality = environment.unwrapped.model.vis.quality
-            quality.offsamples, quality.shadowsize = 0, 512
+    with closing(_make_filmable(environment_id, max_episode_steps)) as environment:
         native_fps = environment.metadata.get("render_fps", fps)
         stride = max(1, round(native_fps / fps))
         filmed = _FilmedEnvironment(environment, stride)

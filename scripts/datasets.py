@@ -155,8 +155,15 @@ def describe(episodes: Episodes) -> list[str]:
     ]
     for name, values in rows.items():
         numbers = [values.mean(), values.std(), *np.quantile(values, list(_QUANTILES.values()))]
-        lines.append(f"{name:<11}" + "".join(f"{number:>11,.1f}" for number in numbers))
+        lines.append(f"{name:<11}" + "".join(f"{format_number(number):>11}" for number in numbers))
     return lines
+
+
+def format_number(number: float) -> str:
+    """Return a number in few characters: with one digit behind the point, if that says enough."""
+    if number == 0 or 1 <= abs(number) < 1e6:
+        return f"{number:,.1f}"
+    return f"{number:.3g}"
 
 
 def plot_histograms(episodes: Episodes, path: Path) -> None:

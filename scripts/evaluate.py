@@ -13,7 +13,7 @@ from minrl.agents.decision_agent import DecisionAgent
 from minrl.envs.evaluation import Evaluation, format_return
 from minrl.envs.make import make_limited_env
 from minrl.envs.rollout import evaluate
-from minrl.envs.video import choose_writer, record_video
+from minrl.envs.video import check_video, record_video
 from minrl.errors import CheckpointError, ConfigError, EvaluationError
 from minrl.scripts.plots import plot_target_vs_return
 from minrl.scripts.run_folder import RunFolder
@@ -74,11 +74,11 @@ def evaluate_command(run: Path, /, config: EvaluateConfig, video: Path | None = 
         config: What and how.
         video: Write one episode at the first target to this .mp4 or .gif file.
     """
-    if video is not None:
-        choose_writer(video)  # before an evaluation, which may take long
+    name = "best" if config.checkpoint == "best" else "last"
+    if video is not None:  # before an evaluation, which may take long
+        check_video(video, load_agent(run, name, config)[1])
     first, *_ = evaluate_run(run, config)
     if video is not None:
-        name = "best" if config.checkpoint == "best" else "last"
         agent, environment = load_agent(run, name, config)
         target = config.targets[0] if config.targets else agent.target_return
         record_video(agent, environment, video, target_return=target, seed=first.seed)

@@ -84,8 +84,15 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def write_report(study: dict[str, Any], output: Path) -> None:
-    """Write the page, the Markdown file with its figures, and report.json."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Write the page, the Markdown file with its figures, and report.json.
+
+    Raises:
+        ConfigError: If there is no folder to write to, and none can be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{output} is no folder to write to: {error.strerror}") from error
     figures = draw_figures(study)
     files = {name: f"report-{name}.svg" for name in figures}
     contents = {files[name]: standalone(svg) for name, svg in figures.items()}

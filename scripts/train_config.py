@@ -146,13 +146,14 @@ class TrainConfig:
             raise ConfigError("; ".join(_with_flag_name(problem) for problem in problems))
 
     def without_effect(self) -> list[str]:
-        """Return the names of the flags that are set and that this backbone does not look at."""
-        default = ModelConfig()
-        return [
-            name.replace("_", "-")
-            for name in sorted(ignored_fields(self.model.backbone))
-            if getattr(self.model, name) != getattr(default, name)
-        ]
+        """Return the names of the flags that are set and that this model does not look at."""
+        ignored = ignored_fields(self.model.backbone)
+        if self.model.tokens == "observation":
+            ignored |= {"action_dropout", "max_timestep"}
+        if self.model.backbone == "mlp" and not self.model.convolution:
+            ignored |= {"burn_in", "refresh_every"}
+        given, default = flatten(self), flatten(TrainConfig())
+        return [name.replace("_", "-") for name in sorted(ignored) if given[name] != default[name]]
 
     @property
     def selection_seed(self) -> int:

@@ -142,6 +142,8 @@ class Backbone(nn.Module):
         make_mixer = MIXERS[backbone]
         if make_mixer is None and options:
             raise TypeError(f"{backbone} has no mixer to give {', '.join(options)} to")
+        if backbone == "transformer" and "context" not in options:
+            raise TypeError("a transformer needs context=, how many tokens it looks back on")
         self.input_size = self.hidden_size = width
         self.num_layers, self.batch_first = num_layers, batch_first
         self.blocks = nn.ModuleList(

@@ -20,6 +20,7 @@ from minrl.scripts.reports.cells import (
     main_methods,
     mark_best,
     method_cell,
+    number,
     range_of,
     span,
     thousands,
@@ -182,11 +183,11 @@ def _score_cell(
 ) -> Cell:
     if not scores:
         return Cell(MISSING)
-    digits = 1 if task["unit"] == "score" else 0
-    below = "" if scores["std"] is None else f"± {scores['std']:.{digits}f}"
+    as_text = number if task["unit"] == "score" else format_return
+    below = "" if scores["std"] is None else f"± {as_text(scores['std'])}"
     if len(scores["seeds"]) != usual:
         below = f"{below}, {counted(scores['seeds'], 'seed')}".removeprefix(", ")
-    return Cell(f"{scores['mean']:.{digits}f}", below, **marks)
+    return Cell(as_text(scores["mean"]), below, **marks)
 
 
 def _usual_count(study: dict[str, Any], checkpoint: str) -> int:

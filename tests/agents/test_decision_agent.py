@@ -152,6 +152,12 @@ def test_environments_do_not_come_or_go_in_the_middle_of_episodes():
         agent.reset(np.array([True, False, False, False, False]))
     agent.reset(num_envs=1)
     assert agent.act(observations[1, :1]).shape == (1, 2)
+    for told in ({"num_envs": 5}, {"mask": np.ones(5, bool)}, {"target_return": [1.0] * 5}):
+        agent.reset(**told)
+        with pytest.raises(ValueError, match="reset was told of 5 environments, and now there"):
+            agent.act(observations[0])
+    agent.reset()  # tells nothing
+    assert agent.act(observations[0]).shape == (ROWS, 2)
 
 
 def test_each_environment_asks_for_its_own_return():
@@ -183,7 +189,7 @@ def test_each_environment_may_be_given_a_target_of_its_own():
     np.testing.assert_allclose(some[:, 2], together[:, 2], atol=1e-6)
     assert np.array_equal(some[:, 0], together[:, 0])
     agent.reset(target_return=targets)  # and as many environments must then act
-    with pytest.raises(ValueError, match="there are 3 targets for 2 environments"):
+    with pytest.raises(ValueError, match="reset was told of 3 environments, and now there are 2"):
         agent.act(observations[0, :2])
     with pytest.raises(ValueError, match="there are 3 targets for 2 environments"):
         agent.reset(num_envs=2, target_return=targets)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from minrl.envs import video
 from minrl.envs.rollout import evaluate
-from minrl.envs.video import choose_gl, record_video
+from minrl.envs.video import check_video, choose_gl, record_video
 from minrl.errors import ConfigError, EnvError
 
 
@@ -78,6 +78,18 @@ def test_the_episode_is_of_the_seed_and_asked_for_the_target(tmp_path, monkeypat
     assert (result.seed, result.returns.tolist()) == (9, expected.returns.tolist())
     other = record_video(agent, "Dark-v0", path, max_episode_steps=2)
     assert (agent.target_return, other.seed, other.lengths.tolist()) == (None, 0, [2])
+
+
+def test_an_environment_without_frames_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(Dark.metadata, "render_modes", [])
+    spec = EnvSpec("Dark-v0", Dark, max_episode_steps=4)
+    monkeypatch.setitem(gymnasium.registry, "Dark-v0", spec)
+    for refuse in (
+        lambda path: check_video(path, "Dark-v0"),
+        lambda path: record_video(Still(), "Dark-v0", path),
+    ):
+        with pytest.raises(EnvError, match="'Dark-v0' cannot be filmed: it renders no rgb_array"):
+            refuse(tmp_path / "film.gif")
 
 
 def test_failed_recording_leaves_the_old_file(offscreen_gl, tmp_path, monkeypatch):

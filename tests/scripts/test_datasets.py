@@ -4,7 +4,7 @@ import pytest
 import tyro
 
 from minrl.errors import ConfigError, DatasetError
-from minrl.scripts.datasets import COMMANDS
+from minrl.scripts.datasets import COMMANDS, format_number
 
 HOPPER = "minrl/hopper/medium-replay-v0"
 
@@ -18,6 +18,18 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        *((0.0, "0.0"), (3.14159, "3.1"), (-1234567 / 10, "-123,456.7"), (0.00123, "0.00123")),
+        *((-1.23456e12, "-1.23e+12"), (999_999.96, "1,000,000.0"), (-2.5e-12, "-2.5e-12")),
+    ],
+)
+def test_numbers_of_any_size_fit_their_column(number, text):
+    assert format_number(number) == text
+    assert len(text) < 12
 
 
 def test_make_list_and_inspect(root, capsys):

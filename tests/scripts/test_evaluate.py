@@ -62,6 +62,9 @@ def test_a_video_that_cannot_be_written_is_refused_before_an_evaluation(finished
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(EnvError, match="imageio-ffmpeg"):
         evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.MP4"))
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    with pytest.raises(EnvError, match="no offscreen OpenGL to render with"):
+        evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.gif"))
     assert RunFolder(finished).read_evaluations() == evaluations
 
 

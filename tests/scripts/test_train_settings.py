@@ -29,7 +29,7 @@ from minrl.scripts.train import (
     make_sampler,
     train,
 )
-from minrl.scripts.train_config import PRESETS, TrainConfig
+from minrl.scripts.train_config import PRESETS, TrainConfig, quick
 
 UNUSUAL = {
     "seed": 3,
@@ -177,6 +177,16 @@ def test_flags_without_effect_are_named(hopper_id, tmp_path):
     config = make_config(hopper_id, tmp_path / "run", model=model, steps=1, **unplayed)
     with pytest.warns(UserWarning, match="of no effect with gru: attention-context, candidate$"):
         train(config)
+
+
+def test_flags_that_a_model_without_memory_does_not_look_at_are_named():
+    model = ModelConfig("mlp", tokens="observation", max_timestep=0)
+    forgetful = dataclasses.replace(quick(backbone="mlp"), model=model, burn_in=3, refresh_every=1)
+    assert forgetful.without_effect() == ["burn-in", "max-timestep", "refresh-every"]
+    looking_back = dataclasses.replace(
+        forgetful, model=dataclasses.replace(model, convolution=4, tokens="joint")
+    )
+    assert looking_back.without_effect() == []
 
 
 def test_every_preset_says_nothing_without_effect():

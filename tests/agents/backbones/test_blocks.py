@@ -267,3 +267,8 @@ def test_a_backbone_says_what_wrappers_ask_a_recurrent_layer():
 def test_options_of_a_mixer_that_there_is_not_are_refused():
     with pytest.raises(TypeError, match="mlp has no mixer to give memory to"):
         Backbone(16, 2, "mlp", memory=100)
+
+
+def test_a_transformer_is_told_how_far_to_look_back():
+    with pytest.raises(TypeError, match="a transformer needs context=, how many tokens"):
+        Backbone(16, 2, "transformer")

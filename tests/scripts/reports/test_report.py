@@ -209,6 +209,11 @@ def test_what_is_no_report_is_refused(study, tmp_path):
         read_report(path)
 
 
+def test_a_file_is_no_folder_to_write_to(pages):
+    with pytest.raises(ConfigError, match=r"report\.md is no folder to write to: File exists"):
+        report((pages / "report.json",), output=pages / "report.md")
+
+
 def test_both_pages_have_all_figures_of_the_tables(study, pages):
     page = "".join(Page((pages / "report.html").read_text()).text)
     markdown = (pages / "report.md").read_text().replace("\\_", "_")
