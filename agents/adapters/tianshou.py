@@ -31,8 +31,9 @@ with interface_of("tianshou", install="pip install tianshou", known="2.0"):
 
     check_call(ActionReprNetWithVectorOutput.forward, None, None, state=None, info=None)
     check_call(ModuleWithVectorOutput.__init__, None, 1)
-    sizes = {"layer_num": 1, "state_shape": 1, "action_shape": 1, "hidden_layer_size": 1}
-    check_call(Recurrent.__init__, None, **sizes)
+    check_call(
+        Recurrent.__init__, None, layer_num=1, state_shape=1, action_shape=1, hidden_layer_size=1
+    )
 
 __all__ = ["MinimalRecurrent"]
 
