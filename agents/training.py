@@ -38,6 +38,9 @@ class OptimizationConfig:
     """Largest norm of the gradient."""
     action_dropout: float = 0.0
     """Chance to hide a previous action from the model, so that it cannot lean on copying it."""
+    return_noise: float = 0.0
+    """Standard deviation of a factor, drawn for each window, that makes its returns-to-go too high
+    or too low, so that the model does not lean on their exact values."""
     ema_decay: float = 0.0
     """Decay a step of the averaged weights that act; 0: the weights themselves act."""
     precision: str = "float32"
@@ -61,6 +64,7 @@ class OptimizationConfig:
             ("warmup_steps", self.warmup_steps >= 0, "not be negative"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "be finite and not negative"),
             ("action_dropout", 0 <= self.action_dropout < 1, "be in [0, 1)"),
+            ("return_noise", 0 <= self.return_noise < 1, "be in [0, 1)"),
             ("ema_decay", 0 <= self.ema_decay < 1, "be in [0, 1)"),
         ):
             if not is_possible:
@@ -212,7 +216,7 @@ class Trainer:
     def action_error(self, batches: list[Batch]) -> float:
         """Return the mean squared action error of the acting model, without dropout."""
         model = self.acting_model.eval()
-        errors = [self.update.summed_error(model, self._on_device(batch)) for batch in batches]
+        errors = [self.update.summed_error(self._on_device(batch), model) for batch in batches]
         return float(sum(errors)) / sum(int(batch.loss_mask.sum()) for batch in batches)
 
     def state_dict(self) -> dict:

@@ -63,7 +63,6 @@ class Task:
     config: Config
     without_memory: float | None = None
     """The best return without any memory, where that is known."""
-    cores: tuple[str, ...] = CORES
 
 
 TASKS = {
@@ -112,11 +111,9 @@ TASKS = {
             RECALL,
             environment_options={"length": 200},
             num_steps=404,
-            memory=1000,
             total_steps=600_000,
         ),
         0.25,
-        ("mingru", "backbone"),
     ),
 }
 
@@ -164,7 +161,6 @@ def configs_of(study: Study) -> list[Config]:
         for task in study.tasks
         for seed in range(study.seeds)
         for core in study.cores
-        if core in TASKS[task].cores
     ]
 
 

@@ -149,7 +149,7 @@ class TrainConfig:
         """Return the names of the flags that are set and that this model does not look at."""
         ignored = ignored_fields(self.model.backbone)
         if self.model.tokens == "observation":
-            ignored |= {"action_dropout", "max_timestep"}
+            ignored |= {"action_dropout", "max_timestep", "return_noise"}
         if self.model.backbone == "mlp" and not self.model.convolution:
             ignored |= {"burn_in", "refresh_every"}
         given, default = flatten(self), flatten(TrainConfig())

@@ -5,6 +5,7 @@ is one parallel pass ("Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,19 +85,34 @@ class _MinimalRNN(nn.Module):
                 bias = getattr(self, f"bias_ih_l{layer}")
                 nn.init.uniform_(bias, -bound, bound)
                 with torch.no_grad():
-                    self._bias_gates(bias.view(-1, self.hidden_size))
+                    rows = (-1, self.hidden_size)
+                    self._start_gates(weight.unflatten(0, rows), bias.unflatten(0, rows))
         if self.bias_h0 is not None:
             nn.init.zeros_(self.bias_h0)
 
-    def _bias_gates(self, bias: Tensor) -> None:
-        """Set what the gates, rows of ``bias`` (G, H), begin with; none of the gates by default."""
+    def _start_gates(self, weight: Tensor, bias: Tensor) -> None:
+        """Set what the gates, rows of ``weight`` (G, H, F) and ``bias`` (G, H), begin with."""
 
-    def _logit_of_memory(self) -> Tensor:
-        """Return what opens a gate to 1 - 1/T, T from 2 to ``memory`` over the channels, (H,)."""
+    def _remember(self, weight: Tensor, bias: Tensor, signs: Sequence[int]) -> None:
+        """Let the gates keep 1 - 1/T of the state at most inputs, T from 2 to ``memory``.
+
+        But not at all inputs, or where T is large next to nothing would ever be written: from
+        channel to channel, rare inputs open the gates not at all to easily.
+
+        Args:
+            weight: Of the gates alone, (G, H, F), drawn by ``reset_parameters``.
+            bias: Of the gates alone, (G, H).
+            signs: Of each gate, 1 where it is open while the state is kept, else -1.
+        """
         longest = math.log2(self.memory)
         shortest = 1 if self.hidden_size > 1 else longest
         steps = torch.logspace(shortest, longest, self.hidden_size, 2)
-        return (steps - 1).log()
+        logit = (steps - 1).log()  # H
+        bias.copy_(torch.outer(torch.tensor(signs), logit))
+        # The standard deviation of the logits over inputs of unit variance: as drawn it is 3**-0.5,
+        # wanted is up to 1.5 times what holds the gate.
+        spread = 1.5 * logit * torch.rand(self.hidden_size)
+        weight *= (3**0.5 * spread).clamp(min=1.0).unsqueeze(-1).to(weight)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""
@@ -292,14 +308,15 @@ class MinGRU(_MinimalRNN):
         memory: Steps that the last channel remembers at the start, the others fewer, down to two,
             evenly in the logarithm. Without it gates begin half open, all memories end after a few
             steps, and what lies further back has no gradient to learn from (chrono initialisation,
-            Tallec & Ollivier, arXiv 1804.11188).
+            Tallec & Ollivier, arXiv 1804.11188). The gates' weights begin larger, too: rare inputs
+            are then written at once, where else one part in T of them would be.
     """
 
     gates = "mingru"
 
-    def _bias_gates(self, bias: Tensor) -> None:
+    def _start_gates(self, weight: Tensor, bias: Tensor) -> None:
         if self.memory is not None:
-            bias[0] = -self._logit_of_memory()
+            self._remember(weight[:1], bias[:1], (-1,))
 
 
 class MinLSTM(_MinimalRNN):
@@ -343,12 +360,11 @@ class MinLSTM(_MinimalRNN):
         self.gates = "minlstm" if normalize else "minlstm_unnormalised"
         super().__init__(*args, **kwargs)
 
-    def _bias_gates(self, bias: Tensor) -> None:
+    def _start_gates(self, weight: Tensor, bias: Tensor) -> None:
         if self.memory is None:
             bias[0] += self.forget_bias
         else:
-            bias[0] = self._logit_of_memory()
-            bias[1] = -bias[0]
+            self._remember(weight[:2], bias[:2], (1, -1))
 
 
 CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}

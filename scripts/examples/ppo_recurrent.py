@@ -111,37 +111,36 @@ def share_statistics(environments: gym.vector.SyncVectorEnv) -> None:
         environment.env.obs_rms = first.env.obs_rms
 
 
-# For each block of rows of a cell's bias: whether a larger bias holds the state (+1) or lets it go.
-HOLDS = {nn.GRU: (0, 1, 0), nn.LSTM: (-1, 1, 0, 0), MinGRU: (-1, 0), MinLSTM: (1, -1, 0)}
-
-
 def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
     """Make a core with `size` features in and out.
 
-    At the start every channel forgets at a rate of its own, over 1 to `memory` steps, evenly in the
+    At the start every channel forgets at a rate of its own, over 2 to `memory` steps, evenly in the
     logarithm; else gates begin half open, and what lies ten steps back has no gradient (Tallec &
-    Ollivier 2018, arXiv 1804.11188). The same for all cores, so that they are compared fairly.
+    Ollivier 2018, arXiv 1804.11188).
     """
     if name == "backbone":
         # With a short convolution, as in the papers: gates that look at the input alone cannot tell
         # what came four steps ago from what came three.
-        core = Backbone(size, num_layers, convolution=4, batch_first=False)
-        cells = [block.mixer.cell for block in core.blocks]
-    else:
-        cell = {"gru": nn.GRU, "lstm": nn.LSTM, "mingru": MinGRU, "minlstm": MinLSTM}[name]
-        core = cell(size, size, num_layers)
-        cells = [core]
-    for cell in cells:
-        for parameter_name, parameter in cell.named_parameters():
-            if parameter_name.startswith("weight_hh"):
-                nn.init.orthogonal_(parameter)
-            elif parameter_name.startswith("bias_hh"):
-                nn.init.zeros_(parameter)
-            elif parameter_name.startswith("bias_ih"):
-                bias = torch.rand(cell.hidden_size) * math.log(memory)
-                signs = torch.tensor(HOLDS[type(cell)])
-                nn.init.zeros_(parameter).data += torch.outer(signs, bias).flatten()
+        return Backbone(size, num_layers, convolution=4, batch_first=False, memory=memory)
+    if name in ("mingru", "minlstm"):
+        return {"mingru": MinGRU, "minlstm": MinLSTM}[name](size, size, num_layers, memory=memory)
+    core = {"gru": nn.GRU, "lstm": nn.LSTM}[name](size, size, num_layers)
+    remember(core, memory)
     return core
+
+
+def remember(core: nn.GRU | nn.LSTM, memory: int) -> None:
+    """Begin with long memories, as ours do that are told `memory`."""
+    # For each block of rows of the bias: whether a larger one holds the state (+1) or lets it go.
+    signs = torch.tensor((0, 1, 0) if isinstance(core, nn.GRU) else (-1, 1, 0, 0))
+    for name, parameter in core.named_parameters():
+        if name.startswith("weight_hh"):
+            nn.init.orthogonal_(parameter)
+        elif name.startswith("bias"):
+            nn.init.zeros_(parameter)
+        if name.startswith("bias_ih"):
+            logits = torch.rand(core.hidden_size) * math.log(memory)
+            parameter.data += torch.outer(signs, logits).flatten()
 
 
 def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:

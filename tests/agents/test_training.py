@@ -149,13 +149,25 @@ def test_every_seed_step_and_rank_draws_another_dropout():
     assert len(drawn) == 27
 
 
-def test_action_dropout_hides_previous_actions_in_training_only():
-    trainer = make_trainer(dropout=0.0, action_dropout=0.5)
+@pytest.mark.parametrize("name", ["action_dropout", "return_noise"])
+def test_inputs_are_disturbed_in_training_only(name):
+    trainer = make_trainer(dropout=0.0, **{name: 0.5})
     held_out = [make_batch(100)]
     assert trainer.action_error(held_out) == trainer.action_error(held_out)
     plain = make_trainer(dropout=0.0)
     assert trainer.action_error(held_out) == plain.action_error(held_out)
     assert run(trainer, 1) != run(plain, 1)
+
+
+def test_return_noise_is_one_factor_for_each_window():
+    update = make_trainer(return_noise=0.2).update
+    inputs = {"returns_to_go": torch.rand(5000, 3) + 1, "actions": torch.zeros(5000, 3, 1)}
+    blurred = update._blurred(inputs)
+    factors = blurred["returns_to_go"] / inputs["returns_to_go"]
+    torch.testing.assert_close(factors, factors[:, :1].expand(-1, 3))
+    assert factors.mean().item() == pytest.approx(1, abs=0.02)
+    assert factors[:, 0].std().item() == pytest.approx(0.2, abs=0.02)
+    assert blurred["actions"] is inputs["actions"]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +183,7 @@ def test_action_dropout_hides_previous_actions_in_training_only():
         ("warmup_steps", -1),
         ("ema_decay", 1.0),
         ("action_dropout", 1.5),
+        ("return_noise", -0.1),
     ],
 )
 def test_impossible_values_are_named_with_their_range(field, value):

@@ -14,7 +14,10 @@ from minrl.agents.trajectory import TrajectoryModel
 OPTIONS = {
     "plain": ({"tokens": "interleaved"}, {"schedule": "constant"}),
     "ema": ({"tokens": "interleaved"}, {"schedule": "constant", "ema_decay": 0.9}),
-    "cosine-joint": ({"tokens": "joint"}, {"schedule": "cosine", "action_dropout": 0.1}),
+    "cosine-joint": (
+        {"tokens": "joint"},
+        {"schedule": "cosine", "action_dropout": 0.1, "return_noise": 0.1},
+    ),
 }
 CUTS = [(30, 3), pytest.param((200, 20), marks=pytest.mark.slow)]
 

@@ -235,6 +235,19 @@ def test_memory_spreads_what_the_channels_remember(make):
 
 
 @both
+def test_with_memory_rare_inputs_open_the_gates(make):
+    """The logits spread by up to one and a half times what holds them, however long T is."""
+    cell = make(400, 300, memory=1000)
+    gates = len(cell.bias_ih_l0) // 300 - 1
+    logits = torch.randn(2000, 400) @ cell.weight_ih_l0[: gates * 300].T
+    spread = (logits.std(0) / cell.bias_ih_l0[: gates * 300].abs()).view(gates, 300)[:, 150:]
+    assert spread.max().item() == pytest.approx(1.5, abs=0.15)
+    assert spread.mean().item() == pytest.approx(0.75, abs=0.1)
+    assert logits.std(0).min() > 0.5  # no less than without
+    assert cell.weight_ih_l0[-300:].abs().max() <= 1 / 20  # the candidate's
+
+
+@both
 @pytest.mark.parametrize(
     "wrong",
     [
