@@ -98,6 +98,8 @@ class DecisionAgent:
                 those count that start anew; by default the agent's own.
             num_envs: B, where it is not that of before and neither ``mask`` nor targets tell it.
 
+        As many environments as one of these three tells must then act.
+
         Raises:
             ValueError: If ``mask`` is not of that type and shape, ``num_envs`` less than 1, or a
                 target not finite; likewise if another number of environments goes on acting.
@@ -118,7 +120,8 @@ class DecisionAgent:
 
         Raises:
             ValueError: If an observation or reward is not finite or has the wrong shape, or if
-                there are more or fewer environments than in the step before.
+                there are more or fewer environments than in the step before or than the last
+                ``reset`` told.
         """
         observations = np.asarray(observations, dtype=np.float32)
         if observations.ndim == 1:

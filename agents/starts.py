@@ -78,7 +78,10 @@ class Starts:
                 f"call reset(num_envs={batch}) if all start anew"
             )
         if self._counted:
-            raise ValueError(f"reset was told of {before} environments, and now there are {batch}")
+            raise ValueError(
+                f"reset was told of {before} environments, and now there are {batch}: "
+                f"call reset(num_envs={batch}) if all start anew"
+            )
         asked = default if self._asked is None else self._asked
         self.flags, self.targets = np.ones(batch, dtype=bool), np.full(batch, asked)
         return True

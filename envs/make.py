@@ -111,9 +111,12 @@ def make_env(environment_id: str, *, render: bool = False, **kwargs: Any) -> gym
         raise EnvError(f"environment {environment_id!r} cannot be made: {error}") from error
     except (Exception, SystemExit) as error:  # whatever its own code raises
         raise EnvError(f"environment {environment_id!r} cannot be made: {error!r}") from error
-    if render and "rgb_array" not in environment.metadata.get("render_modes", ()):
+    if render and "rgb_array" not in (environment.metadata.get("render_modes") or ()):
         environment.close()
-        raise EnvError(f"environment {environment_id!r} cannot be filmed: it renders no rgb_array")
+        raise EnvError(
+            f"environment {environment_id!r} cannot be filmed: its metadata names no rgb_array "
+            "among its render_modes"
+        )
     return environment
 
 

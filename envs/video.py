@@ -144,13 +144,19 @@ def choose_writer(path: Path) -> Callable[[Path, list[np.ndarray], float], None]
 
 
 def check_video(path: Path, environment_id: str) -> None:
-    """Refuse what :func:`record_video` could not do, before anything takes long.
+    """Refuse what :func:`record_video` could not do, as far as that shows before a frame is drawn.
 
     Raises:
-        EnvError: As :func:`record_video`.
+        EnvError: As :func:`record_video`, or if the file cannot be written there.
     """
     choose_writer(path)
     _make_filmable(environment_id).close()
+    if path.is_dir():
+        raise EnvError(f"cannot record a video to {str(path)!r}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvError(f"cannot record a video to {str(path)!r}: {error.strerror}") from error
 
 
 def _make_filmable(environment_id: str, max_episode_steps: int | None = None) -> gymnasium.Env:
@@ -161,7 +167,7 @@ def _make_filmable(environment_id: str, max_episode_steps: int | None = None) ->
             # On a CPU these two cost four fifths of a frame's time and hardly show.
             quality = environment.unwrapped.model.vis.quality
             quality.offsamples, quality.shadowsize = 0, 512
-    except EnvError:
+    except BaseException:
         environment.close()
         raise
     return environment

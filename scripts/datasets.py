@@ -161,7 +161,7 @@ def describe(episodes: Episodes) -> list[str]:
 
 def format_number(number: float) -> str:
     """Return a number in few characters: with one digit behind the point, if that says enough."""
-    if number == 0 or 1 <= abs(number) < 1e6:
+    if number == 0 or 1 <= abs(number) < 999_999:
         return f"{number:,.1f}"
     return f"{number:.3g}"
 

@@ -74,6 +74,7 @@ def evaluate_command(run: Path, /, config: EvaluateConfig, video: Path | None = 
         config: What and how.
         video: Write one episode at the first target to this .mp4 or .gif file.
     """
+    config.check()
     name = "best" if config.checkpoint == "best" else "last"
     if video is not None:  # before an evaluation, which may take long
         check_video(video, load_agent(run, name, config)[1])

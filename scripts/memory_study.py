@@ -111,7 +111,7 @@ TASKS = {
             RECALL,
             environment_options={"length": 200},
             num_steps=404,
-            total_steps=600_000,
+            total_steps=1_000_000,
         ),
         0.25,
     ),

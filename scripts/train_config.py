@@ -148,10 +148,12 @@ class TrainConfig:
     def without_effect(self) -> list[str]:
         """Return the names of the flags that are set and that this model does not look at."""
         ignored = ignored_fields(self.model.backbone)
-        if self.model.tokens == "observation":
+        tokens = self.model.tokens
+        if tokens == "observation":
             ignored |= {"action_dropout", "max_timestep", "return_noise"}
-        if self.model.backbone == "mlp" and not self.model.convolution:
-            ignored |= {"burn_in", "refresh_every"}
+        if self.model.backbone == "mlp" and not self.model.convolution and tokens != "joint":
+            # It sees the observation's token alone; a joint one holds the action before it.
+            ignored |= {"action_dropout", "burn_in", "refresh_every", "return_noise"}
         given, default = flatten(self), flatten(TrainConfig())
         return [name.replace("_", "-") for name in sorted(ignored) if given[name] != default[name]]
 

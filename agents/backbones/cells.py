@@ -76,7 +76,10 @@ class _MinimalRNN(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights as ``nn.Linear`` does, the initial state zero (call after init loops)."""
+        """Draw weights as ``nn.Linear`` does, the gates' as ``memory`` asks; zero the first state.
+
+        Call it after loops that initialise all parameters alike.
+        """
         for layer in range(self.num_layers):
             weight = getattr(self, f"weight_ih_l{layer}")
             bound = 1 / math.sqrt(weight.shape[1])
@@ -94,25 +97,26 @@ class _MinimalRNN(nn.Module):
         """Set what the gates, rows of ``weight`` (G, H, F) and ``bias`` (G, H), begin with."""
 
     def _remember(self, weight: Tensor, bias: Tensor, signs: Sequence[int]) -> None:
-        """Let the gates keep 1 - 1/T of the state at most inputs, T from 2 to ``memory``.
+        """Let the gates keep 1 - 1/T of the state at inputs near zero, T from 2 to ``memory``.
 
         But not at all inputs, or where T is large next to nothing would ever be written: from
-        channel to channel, rare inputs open the gates not at all to easily.
+        channel to channel, others open the gates not at all to easily.
 
         Args:
             weight: Of the gates alone, (G, H, F), drawn by ``reset_parameters``.
             bias: Of the gates alone, (G, H).
             signs: Of each gate, 1 where it is open while the state is kept, else -1.
         """
-        longest = math.log2(self.memory)
-        shortest = 1 if self.hidden_size > 1 else longest
-        steps = torch.logspace(shortest, longest, self.hidden_size, 2)
-        logit = (steps - 1).log()  # H
-        bias.copy_(torch.outer(torch.tensor(signs), logit))
+        size, device = self.hidden_size, weight.device
+        longest = math.log(self.memory)
+        shortest = math.log(2) if size > 1 else longest
+        log_steps = torch.linspace(shortest, longest, size, device=device)  # H
+        logit = log_steps + torch.log1p(-torch.exp(-log_steps))  # of 1 - 1/T
+        bias.copy_(torch.outer(torch.tensor(signs, device=device), logit))
         # The standard deviation of the logits over inputs of unit variance: as drawn it is 3**-0.5,
         # wanted is up to 1.5 times what holds the gate.
-        spread = 1.5 * logit * torch.rand(self.hidden_size)
-        weight *= (3**0.5 * spread).clamp(min=1.0).unsqueeze(-1).to(weight)
+        spread = 1.5 * logit * torch.rand(size, device=device)
+        weight *= (3**0.5 * spread).clamp(min=1.0).unsqueeze(-1)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""
@@ -306,10 +310,13 @@ class MinGRU(_MinimalRNN):
             (tanh: GILR, Martin & Cundy, arXiv 1709.04057).
         learn_initial_state: Whether the state before a sequence is a parameter rather than zero.
         memory: Steps that the last channel remembers at the start, the others fewer, down to two,
-            evenly in the logarithm. Without it gates begin half open, all memories end after a few
-            steps, and what lies further back has no gradient to learn from (chrono initialisation,
-            Tallec & Ollivier, arXiv 1804.11188). The gates' weights begin larger, too: rare inputs
-            are then written at once, where else one part in T of them would be.
+            evenly in the logarithm (chrono initialisation, Tallec & Ollivier, arXiv 1804.11188).
+            Without it gates begin half open, all memories end after a few steps, and what lies
+            further back has no gradient to learn from. That is at inputs near zero. What differs
+            from them, as a cue does, is written at once by some of the channels (their gates begin
+            with larger weights), where one part in T of it would be written otherwise. So where all
+            inputs are large, of unit variance for instance, only a quarter of the channels remember
+            ten steps or more: then ask for more ``memory``.
     """
 
     gates = "mingru"

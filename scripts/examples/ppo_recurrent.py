@@ -114,8 +114,8 @@ def share_statistics(environments: gym.vector.SyncVectorEnv) -> None:
 def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
     """Make a core with `size` features in and out.
 
-    At the start every channel forgets at a rate of its own, over 2 to `memory` steps, evenly in the
-    logarithm; else gates begin half open, and what lies ten steps back has no gradient (Tallec &
+    At the start every channel forgets at a rate of its own, over up to `memory` steps, evenly in
+    the logarithm; else gates begin half open, and what lies ten steps back has no gradient (Tallec &
     Ollivier 2018, arXiv 1804.11188).
     """
     if name == "backbone":
@@ -125,12 +125,16 @@ def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
     if name in ("mingru", "minlstm"):
         return {"mingru": MinGRU, "minlstm": MinLSTM}[name](size, size, num_layers, memory=memory)
     core = {"gru": nn.GRU, "lstm": nn.LSTM}[name](size, size, num_layers)
-    remember(core, memory)
+    begin_with_memories(core, memory)
     return core
 
 
-def remember(core: nn.GRU | nn.LSTM, memory: int) -> None:
-    """Begin with long memories, as ours do that are told `memory`."""
+def begin_with_memories(core: nn.GRU | nn.LSTM, memory: int) -> None:
+    """Set the biases of the gates as `memory=` sets those of ours.
+
+    It makes the gates' weights larger, too, which these two do not need in order to write: what
+    comes in stays in the recurrent weights, which begin orthogonal.
+    """
     # For each block of rows of the bias: whether a larger one holds the state (+1) or lets it go.
     signs = torch.tensor((0, 1, 0) if isinstance(core, nn.GRU) else (-1, 1, 0, 0))
     for name, parameter in core.named_parameters():

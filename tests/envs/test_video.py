@@ -80,16 +80,33 @@ def test_the_episode_is_of_the_seed_and_asked_for_the_target(tmp_path, monkeypat
     assert (agent.target_return, other.seed, other.lengths.tolist()) == (None, 0, [2])
 
 
+@pytest.mark.filterwarnings("ignore:.*render_modes")
 def test_an_environment_without_frames_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(Dark.metadata, "render_modes", [])
     spec = EnvSpec("Dark-v0", Dark, max_episode_steps=4)
     monkeypatch.setitem(gymnasium.registry, "Dark-v0", spec)
     for refuse in (
         lambda path: check_video(path, "Dark-v0"),
         lambda path: record_video(Still(), "Dark-v0", path),
     ):
-        with pytest.raises(EnvError, match="'Dark-v0' cannot be filmed: it renders no rgb_array"):
-            refuse(tmp_path / "film.gif")
+        for modes in ([], None):
+            monkeypatch.setitem(Dark.metadata, "render_modes", modes)
+            with pytest.raises(EnvError, match="'Dark-v0' cannot be filmed: its metadata names no"):
+                refuse(tmp_path / "film.gif")
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_a_frame_is_drawn(
+    tmp_path, monkeypatch
+):
+    spec = EnvSpec("Dark-v0", Dark, max_episode_steps=4)
+    monkeypatch.setitem(gymnasium.registry, "Dark-v0", spec)
+    folder, file = tmp_path / "folder.gif", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    with pytest.raises(EnvError, match=r"folder\.gif': it is a folder"):
+        check_video(folder, "Dark-v0")
+    with pytest.raises(EnvError, match=r"file/film\.gif': File exists"):
+        check_video(file / "film.gif", "Dark-v0")
+    check_video(tmp_path / "new" / "film.gif", "Dark-v0")
 
 
 def test_failed_recording_leaves_the_old_file(offscreen_gl, tmp_path, monkeypatch):

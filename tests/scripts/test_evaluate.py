@@ -55,7 +55,9 @@ def test_impossible_evaluations_are_named(finished, options, message):
         evaluate_run(finished, EvaluateConfig(**{"episodes": 1, **options}))
 
 
-def test_a_video_that_cannot_be_written_is_refused_before_an_evaluation(finished, monkeypatch):
+def test_a_video_that_cannot_be_written_is_refused_before_an_evaluation(
+    finished, tmp_path, monkeypatch
+):
     evaluations = RunFolder(finished).read_evaluations()
     with pytest.raises(EnvError, match="must end in"):
         evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.avi"))
@@ -64,7 +66,7 @@ def test_a_video_that_cannot_be_written_is_refused_before_an_evaluation(finished
         evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.MP4"))
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     with pytest.raises(EnvError, match="no offscreen OpenGL to render with"):
-        evaluate_command(finished, EvaluateConfig(episodes=1), video=Path("episode.gif"))
+        evaluate_command(finished, EvaluateConfig(episodes=1), video=tmp_path / "episode.gif")
     assert RunFolder(finished).read_evaluations() == evaluations
 
 

@@ -183,10 +183,15 @@ def test_flags_that_a_model_without_memory_does_not_look_at_are_named():
     model = ModelConfig("mlp", tokens="observation", max_timestep=0)
     forgetful = dataclasses.replace(quick(backbone="mlp"), model=model, burn_in=3, refresh_every=1)
     assert forgetful.without_effect() == ["burn-in", "max-timestep", "refresh-every"]
-    looking_back = dataclasses.replace(
-        forgetful, model=dataclasses.replace(model, convolution=4, tokens="joint")
+    for looking_back in ({"convolution": 4}, {"tokens": "joint"}):
+        changed = dataclasses.replace(model, max_timestep=1000, **looking_back)
+        assert dataclasses.replace(forgetful, model=changed).without_effect() == []
+    apart = dataclasses.replace(
+        forgetful,
+        model=dataclasses.replace(model, tokens="interleaved"),
+        optimization=OptimizationConfig(return_noise=0.1),
     )
-    assert looking_back.without_effect() == []
+    assert apart.without_effect() == ["burn-in", "refresh-every", "return-noise"]
 
 
 def test_every_preset_says_nothing_without_effect():
