@@ -5,13 +5,13 @@ is one parallel pass ("Were RNNs All We Needed?", arXiv 2410.01201, sections 3.1
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from minrl.agents.backbones.layer import gated_layer
+from minrl.agents.backbones.memory import remember
 from minrl.agents.backbones.nn_errors import (
     check_axes,
     check_construction,
@@ -95,28 +95,6 @@ class _MinimalRNN(nn.Module):
 
     def _start_gates(self, weight: Tensor, bias: Tensor) -> None:
         """Set what the gates, rows of ``weight`` (G, H, F) and ``bias`` (G, H), begin with."""
-
-    def _remember(self, weight: Tensor, bias: Tensor, signs: Sequence[int]) -> None:
-        """Let the gates keep 1 - 1/T of the state at inputs near zero, T from 2 to ``memory``.
-
-        But not at all inputs, or where T is large next to nothing would ever be written: from
-        channel to channel, others open the gates not at all to easily.
-
-        Args:
-            weight: Of the gates alone, (G, H, F), drawn by ``reset_parameters``.
-            bias: Of the gates alone, (G, H).
-            signs: Of each gate, 1 where it is open while the state is kept, else -1.
-        """
-        size, device = self.hidden_size, weight.device
-        longest = math.log(self.memory)
-        shortest = math.log(2) if size > 1 else longest
-        log_steps = torch.linspace(shortest, longest, size, device=device)  # H
-        logit = log_steps + torch.log1p(-torch.exp(-log_steps))  # of 1 - 1/T
-        bias.copy_(torch.outer(torch.tensor(signs, device=device), logit))
-        # The standard deviation of the logits over inputs of unit variance: as drawn it is 3**-0.5,
-        # wanted is up to 1.5 times what holds the gate.
-        spread = 1.5 * logit * torch.rand(size, device=device)
-        weight *= (3**0.5 * spread).clamp(min=1.0).unsqueeze(-1)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""
@@ -323,7 +301,7 @@ class MinGRU(_MinimalRNN):
 
     def _start_gates(self, weight: Tensor, bias: Tensor) -> None:
         if self.memory is not None:
-            self._remember(weight[:1], bias[:1], (-1,))
+            remember(weight[:1], bias[:1], (-1,), self.memory)
 
 
 class MinLSTM(_MinimalRNN):
@@ -371,7 +349,7 @@ class MinLSTM(_MinimalRNN):
         if self.memory is None:
             bias[0] += self.forget_bias
         else:
-            self._remember(weight[:2], bias[:2], (1, -1))
+            remember(weight[:2], bias[:2], (1, -1), self.memory)
 
 
 CELLS = {"mingru": MinGRU, "minlstm": MinLSTM}

@@ -12,7 +12,6 @@ of the environments, from the state that the rollout began with, as in CleanRL's
 
 import csv
 import functools
-import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from torch.distributions import Categorical, Independent, Normal
 import minrl.envs.recall  # registers minrl/Recall-v0
 from minrl.agents.backbones.blocks import Backbone
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
+from minrl.agents.backbones.memory import remember
 from minrl.envs.partial import HideVelocities
 
 State = Tensor | tuple[Tensor, ...]
@@ -114,8 +114,8 @@ def share_statistics(environments: gym.vector.SyncVectorEnv) -> None:
 def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
     """Make a core with `size` features in and out.
 
-    At the start every channel forgets at a rate of its own, over up to `memory` steps, evenly in
-    the logarithm; else gates begin half open, and what lies ten steps back has no gradient (Tallec &
+    At the start every channel forgets at a rate of its own, over 2 to `memory` steps, evenly in the
+    logarithm; else gates begin half open, and what lies ten steps back has no gradient (Tallec &
     Ollivier 2018, arXiv 1804.11188).
     """
     if name == "backbone":
@@ -125,26 +125,23 @@ def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
     if name in ("mingru", "minlstm"):
         return {"mingru": MinGRU, "minlstm": MinLSTM}[name](size, size, num_layers, memory=memory)
     core = {"gru": nn.GRU, "lstm": nn.LSTM}[name](size, size, num_layers)
-    begin_with_memories(core, memory)
+    begin_as_ours(core, memory)
     return core
 
 
-def begin_with_memories(core: nn.GRU | nn.LSTM, memory: int) -> None:
-    """Set the biases of the gates as `memory=` sets those of ours.
-
-    It makes the gates' weights larger, too, which these two do not need in order to write: what
-    comes in stays in the recurrent weights, which begin orthogonal.
-    """
-    # For each block of rows of the bias: whether a larger one holds the state (+1) or lets it go.
-    signs = torch.tensor((0, 1, 0) if isinstance(core, nn.GRU) else (-1, 1, 0, 0))
+def begin_as_ours(core: nn.GRU | nn.LSTM, memory: int) -> None:
+    """Let the cores of PyTorch begin with the memories of ours, so that all compare fairly."""
+    # The rows of the gates that hold the state (+1) or let it go (-1).
+    rows, signs = (slice(1, 2), (1,)) if isinstance(core, nn.GRU) else (slice(0, 2), (-1, 1))
     for name, parameter in core.named_parameters():
         if name.startswith("weight_hh"):
             nn.init.orthogonal_(parameter)
         elif name.startswith("bias"):
             nn.init.zeros_(parameter)
-        if name.startswith("bias_ih"):
-            logits = torch.rand(core.hidden_size) * math.log(memory)
-            parameter.data += torch.outer(signs, logits).flatten()
+    for layer in range(core.num_layers):
+        weight, bias = (getattr(core, f"{kind}_ih_l{layer}") for kind in ("weight", "bias"))
+        gates = (-1, core.hidden_size)
+        remember(weight.unflatten(0, gates)[rows], bias.unflatten(0, gates)[rows], signs, memory)
 
 
 def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
