@@ -21,7 +21,12 @@ def remember(weight: Tensor, bias: Tensor, signs: Sequence[int], memory: float) 
         bias: Of the gates, (G, H); set in place.
         signs: Of each gate, 1 where it is open while the state is kept, else -1.
         memory: Steps, at least 2; a layer of one channel has all of it.
+
+    Raises:
+        ValueError: If ``memory`` is less, or not finite.
     """
+    if not 2 <= memory < math.inf:
+        raise ValueError(f"memory must be a number of steps, at least two, not {memory}")
     size, device = bias.shape[1], weight.device
     longest = math.log(memory)
     shortest = math.log(2) if size > 1 else longest

@@ -60,6 +60,12 @@ def test_the_first_update_pass_gives_the_probabilities_of_the_rollout(core, task
 
 
 @pytest.mark.parametrize("core", CORES)
+def test_less_memory_than_two_steps_is_refused_for_all_alike(core):
+    with pytest.raises(ValueError, match="a number of steps, at least two"):
+        pieces(core, memory=1)
+
+
+@pytest.mark.parametrize("core", CORES)
 def test_what_lies_before_a_reset_changes_nothing_after_it(core):
     agent, collector, _ = pieces(core)
     rollout = collector.collect()
