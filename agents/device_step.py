@@ -69,7 +69,7 @@ class Update:
         """Take the step; return its loss and the norm of its gradient, (2,)."""
         _, count, share = self.numbers
         self.optimizer.zero_grad()
-        error = self.summed_error(self._blurred(inputs), self.parallel, self.config.action_dropout)
+        error = self.summed_error(self.parallel, self._blurred(inputs), self.config.action_dropout)
         world_size = dist.get_world_size() if self.parallel is not self.model else 1
         # The ranks' gradients are averaged, so that this is the gradient of the global mean.
         (error * (world_size / count)).backward()
@@ -97,7 +97,7 @@ class Update:
         factor = 1 + self.config.return_noise * torch.randn(len(returns), 1, device=returns.device)
         return inputs | {"returns_to_go": returns * factor}
 
-    def summed_error(self, inputs: Inputs, model: nn.Module, action_dropout: float = 0.0) -> Tensor:
+    def summed_error(self, model: nn.Module, inputs: Inputs, action_dropout: float = 0.0) -> Tensor:
         """Return the action error, summed over the steps that count in the loss."""
         # Padding is on the right: no valid step sees it, and so it needs no mask but that of the
         # loss. It must be finite, though, since even 0 * NaN is NaN.

@@ -216,7 +216,7 @@ class Trainer:
     def action_error(self, batches: list[Batch]) -> float:
         """Return the mean squared action error of the acting model, without dropout."""
         model = self.acting_model.eval()
-        errors = [self.update.summed_error(self._on_device(batch), model) for batch in batches]
+        errors = [self.update.summed_error(model, self._on_device(batch)) for batch in batches]
         return float(sum(errors)) / sum(int(batch.loss_mask.sum()) for batch in batches)
 
     def state_dict(self) -> dict:

@@ -74,16 +74,17 @@ def evaluate_command(run: Path, /, config: EvaluateConfig, video: Path | None = 
         config: What and how.
         video: Write one episode at the first target to this .mp4 or .gif file.
     """
+    if video is None:
+        evaluate_run(run, config)
+        return
     config.check()
     name = "best" if config.checkpoint == "best" else "last"
-    if video is not None:  # before an evaluation, which may take long
-        check_video(video, load_agent(run, name, config)[1])
+    agent, environment = load_agent(run, name, config)
+    check_video(video, environment)  # before an evaluation, which may take long
     first, *_ = evaluate_run(run, config)
-    if video is not None:
-        agent, environment = load_agent(run, name, config)
-        target = config.targets[0] if config.targets else agent.target_return
-        record_video(agent, environment, video, target_return=target, seed=first.seed)
-        print(f"video of one episode of the {name} checkpoint at target {target:g}: {video}")
+    target = config.targets[0] if config.targets else agent.target_return
+    record_video(agent, environment, video, target_return=target, seed=first.seed)
+    print(f"video of one episode of the {name} checkpoint at target {target:g}: {video}")
 
 
 def evaluate_run(run: Path | str, config: EvaluateConfig = EvaluateConfig()) -> list[Evaluation]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from minrl.agents.backbones.layer import gated_layer
-from minrl.agents.backbones.memory import remember
+from minrl.agents.backbones.memory import check_memory, remember
 from minrl.agents.backbones.nn_errors import (
     check_axes,
     check_construction,
@@ -53,10 +53,8 @@ class _MinimalRNN(nn.Module):
             raise ValueError(f"{type(self).__name__} acts online, step by step: no {name}")
         if candidate not in CANDIDATES:
             raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
-        if memory is not None and (not 2 <= memory < math.inf or not bias):
-            raise ValueError(
-                f"memory needs a bias and a number of steps, at least two, not {memory=}, {bias=}"
-            )
+        if memory is not None:
+            check_memory(memory, bias)
         check_construction(input_size, hidden_size, num_layers, dropout)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)

@@ -7,6 +7,18 @@ import torch
 from torch import Tensor
 
 
+def check_memory(memory: float, bias: bool = True) -> None:
+    """Refuse a memory that gates cannot begin with.
+
+    Raises:
+        ValueError: If it is less than two steps or not finite, or the gates have no bias.
+    """
+    if not 2 <= memory < math.inf or not bias:
+        raise ValueError(
+            f"memory needs a bias and a number of steps, at least two, not {memory=}, {bias=}"
+        )
+
+
 @torch.no_grad()
 def remember(weight: Tensor, bias: Tensor, signs: Sequence[int], memory: float) -> None:
     """Let gates keep 1 - 1/T of the state at inputs near zero, T from 2 to ``memory``.
@@ -25,8 +37,7 @@ def remember(weight: Tensor, bias: Tensor, signs: Sequence[int], memory: float) 
     Raises:
         ValueError: If ``memory`` is less, or not finite.
     """
-    if not 2 <= memory < math.inf:
-        raise ValueError(f"memory must be a number of steps, at least two, not {memory}")
+    check_memory(memory)
     size, device = bias.shape[1], weight.device
     longest = math.log(memory)
     shortest = math.log(2) if size > 1 else longest

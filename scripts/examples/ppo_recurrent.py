@@ -27,7 +27,7 @@ from torch.distributions import Categorical, Independent, Normal
 
 import minrl.envs.recall  # registers minrl/Recall-v0
 from minrl.agents.backbones.blocks import Backbone
-from minrl.agents.backbones.cells import MinGRU, MinLSTM
+from minrl.agents.backbones.cells import CELLS
 from minrl.agents.backbones.memory import remember
 from minrl.envs.partial import HideVelocities
 
@@ -122,8 +122,8 @@ def make_core(name: str, size: int, num_layers: int, memory: int) -> nn.Module:
         # With a short convolution, as in the papers: gates that look at the input alone cannot tell
         # what came four steps ago from what came three.
         return Backbone(size, num_layers, convolution=4, batch_first=False, memory=memory)
-    if name in ("mingru", "minlstm"):
-        return {"mingru": MinGRU, "minlstm": MinLSTM}[name](size, size, num_layers, memory=memory)
+    if name in CELLS:
+        return CELLS[name](size, size, num_layers, memory=memory)
     core = {"gru": nn.GRU, "lstm": nn.LSTM}[name](size, size, num_layers)
     begin_as_ours(core, memory)
     return core
