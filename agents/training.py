@@ -38,7 +38,7 @@ class OptimizationConfig:
     """Largest norm of the gradient."""
     action_dropout: float = 0.0
     """Chance to hide a previous action from the model, so that it cannot lean on copying it."""
-    return_noise: float = 0.0
+    return_noise: float = 0.1
     """Standard deviation of a factor, drawn for each window, that makes its returns-to-go too high
     or too low, so that the model does not lean on their exact values."""
     ema_decay: float = 0.0

@@ -1,4 +1,4 @@
-"""Five recurrent cores under the same PPO, on tasks that need memory.
+"""Recurrent cores under the same PPO, on tasks that need memory.
 
     python -m minrl.scripts.memory_study
 
@@ -33,21 +33,28 @@ from minrl.scripts.examples.ppo_recurrent import (
     update,
 )
 
-CORES = ("gru", "lstm", "mingru", "minlstm", "backbone")
-NAMES = {
-    "gru": "nn.GRU",
-    "lstm": "nn.LSTM",
-    "mingru": "MinGRU",
-    "minlstm": "MinLSTM",
-    "backbone": "Backbone",
+
+@dataclass(frozen=True)
+class Contestant:
+    """A core, and how it is shown."""
+
+    title: str
+    colour: str
+    core: str
+    num_layers: int = 1
+
+
+# Two layers of ours have as many weights as one of nn.GRU (minLSTM) or fewer (minGRU).
+CORES = {
+    "gru": Contestant("nn.GRU", "tab:grey", "gru"),
+    "lstm": Contestant("nn.LSTM", "black", "lstm"),
+    "mingru": Contestant("MinGRU", "tab:cyan", "mingru"),
+    "minlstm": Contestant("MinLSTM", "tab:olive", "minlstm"),
+    "mingru-2": Contestant("MinGRU, 2 layers", "tab:blue", "mingru", 2),
+    "minlstm-2": Contestant("MinLSTM, 2 layers", "tab:orange", "minlstm", 2),
+    "backbone": Contestant("Backbone", "tab:green", "backbone"),
 }
-COLOURS = {
-    "gru": "tab:grey",
-    "lstm": "black",
-    "mingru": "tab:blue",
-    "minlstm": "tab:orange",
-    "backbone": "tab:green",
-}
+WHOLE = "lstm, one call, no resets"
 ROUNDS = 5  # of each core, where updates are timed
 RECALL = Config(num_envs=32, num_steps=64, hidden_size=64, total_steps=150_000)
 BASE = replace(
@@ -123,7 +130,7 @@ class Study:
     """What to run, and where to write."""
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    cores: tuple[str, ...] = CORES
+    cores: tuple[str, ...] = tuple(CORES)
     seeds: int = 3
     runs: Path = Path("runs/memory")
     """Folder of the learning curves."""
@@ -149,19 +156,20 @@ def is_complete(config: Config) -> bool:
     return bool(rows) and rows[-1]["steps"] >= config.total_steps
 
 
-def configs_of(study: Study) -> list[Config]:
-    """List all runs: a whole task first, and in it a whole seed first."""
-    return [
-        replace(
+def configs_of(study: Study) -> dict[tuple[str, str, int], Config]:
+    """Return all runs by task, core and seed: a whole task first, and in it a whole seed first."""
+    return {
+        (task, name, seed): replace(
             TASKS[task].config,
-            core=core,
+            core=CORES[name].core,
+            num_layers=CORES[name].num_layers,
             seed=seed,
-            output=study.runs / f"{task}-{core}-{seed}.csv",
+            output=study.runs / f"{task}-{name}-{seed}.csv",
         )
         for task in study.tasks
         for seed in range(study.seeds)
-        for core in study.cores
-    ]
+        for name in study.cores
+    }
 
 
 def run(config: Config) -> str:
@@ -207,27 +215,31 @@ def measure_updates() -> dict[str, dict[str, float]]:
     """
     torch.set_num_threads(1)
     updates = {}
-    for core in (*CORES, "lstm, one call, no resets"):
+    for name in (*CORES, WHOLE):
+        contestant = CORES["lstm" if name == WHOLE else name]
         config = Config(
-            core=core.split(",")[0], update_epochs=1, environment_options={"length": 20}
+            core=contestant.core,
+            num_layers=contestant.num_layers,
+            update_epochs=1,
+            environment_options={"length": 20},
         )
         environments = make_environments(config)
         agent = make_agent(environments, config)
         rollout = Collector(environments, agent, config).collect()
-        if core not in CORES:
+        if name == WHOLE:
             agent.core = WholeSequence(agent.core)
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-5)
-        updates[core] = (agent, optimizer, rollout, config)
-    seconds: dict[str, list[float]] = {core: [] for core in updates}
+        updates[name] = (agent, optimizer, rollout, config)
+    seconds: dict[str, list[float]] = {name: [] for name in updates}
     for index in range(ROUNDS + 1):
-        for core, arguments in updates.items():
+        for name, arguments in updates.items():
             start = time.perf_counter()
             update(*arguments)
             if index:  # the first round compiles and warms up
-                seconds[core].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
     return {
-        core: {"min_seconds": min(times), "median_seconds": statistics.median(times)}
-        for core, times in seconds.items()
+        name: {"min_seconds": min(times), "median_seconds": statistics.median(times)}
+        for name, times in seconds.items()
     }
 
 
@@ -243,11 +255,12 @@ def draw(curves: dict[str, dict[str, list]], path: Path) -> None:
             returns = np.array([[row["episodic_return"] for row in rows] for rows in seeds])
             for axis, name in zip(axes[:, column], ("steps", "processor_seconds"), strict=True):
                 x = np.mean([[row[name] for row in rows] for rows in seeds], 0)
-                (line,) = axis.plot(x, returns.mean(0), color=COLOURS[core], linewidth=1.6)
+                colour, title = CORES[core].colour, CORES[core].title
+                (line,) = axis.plot(x, returns.mean(0), color=colour, linewidth=1.6)
                 axis.fill_between(
-                    x, returns.min(0), returns.max(0), color=COLOURS[core], alpha=0.15, linewidth=0
+                    x, returns.min(0), returns.max(0), color=colour, alpha=0.12, linewidth=0
                 )
-                handles[NAMES[core]] = line
+                handles[title] = line
         axes[0, column].set_title(TASKS[task].title, fontsize=10)
         axes[0, column].set_xlabel("environment steps")
         axes[0, column].xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:g}k")
@@ -260,7 +273,7 @@ def draw(curves: dict[str, dict[str, list]], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("return (mean, range over seeds)")
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=8, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -272,17 +285,18 @@ def print_tables(result: dict[str, Any]) -> None:
         for core, summary in cores.items():
             each = ", ".join(f"{value:.3g}" for value in summary["final_returns"])
             print(
-                f"| {task} | {NAMES[core]} | {summary['final_return_mean']:.3g} ({each}) "
+                f"| {task} | {CORES[core].title} | {summary['final_return_mean']:.3g} ({each}) "
                 f"| {summary['steps']:.0f} | {summary['update_seconds']:.1f} "
                 f"| {summary['rollout_seconds']:.1f} |"
             )
     print("\n| one epoch of updates | min s | median s | times faster than nn.LSTM's loop |")
     print("|---|---|---|---|")
     loop = result["update"]["lstm"]
-    for core, times in result["update"].items():
+    for name, times in result["update"].items():
         ratio = loop["median_seconds"] / times["median_seconds"]
+        title = "nn.LSTM, one call, no resets" if name == WHOLE else CORES[name].title
         print(
-            f"| {NAMES.get(core, core)} | {times['min_seconds']:.3f} "
+            f"| {title} | {times['min_seconds']:.3f} "
             f"| {times['median_seconds']:.3f} | {ratio:.1f} |"
         )
 
@@ -290,11 +304,10 @@ def print_tables(result: dict[str, Any]) -> None:
 def report(study: Study) -> None:
     """Write and print what the complete runs say."""
     curves: dict[str, dict[str, list]] = {}
-    for config in configs_of(study):
+    for (task, name, _), config in configs_of(study).items():
         if is_complete(config):
-            task = config.output.stem.removesuffix(f"-{config.core}-{config.seed}")
             rows = curve_of(config.output)
-            curves.setdefault(task, {}).setdefault(config.core, []).append(rows)
+            curves.setdefault(task, {}).setdefault(name, []).append(rows)
     result = {
         "torch": torch.__version__,
         "processors": os.cpu_count(),
@@ -315,7 +328,7 @@ def main(study: Study) -> None:
     """Train what is missing, then report."""
     study.runs.mkdir(parents=True, exist_ok=True)
     if not study.report_only:
-        missing = [config for config in configs_of(study) if not is_complete(config)]
+        missing = [config for config in configs_of(study).values() if not is_complete(config)]
         if importlib.util.find_spec("popgym") is None:
             left_out = [config for config in missing if "popgym" in config.environment]
             missing = [config for config in missing if config not in left_out]

@@ -154,7 +154,8 @@ class TrainConfig:
         if self.model.backbone == "mlp" and not self.model.convolution and tokens != "joint":
             # It sees the observation's token alone; a joint one holds the action before it.
             ignored |= {"action_dropout", "burn_in", "refresh_every", "return_noise"}
-        given, default = flatten(self), flatten(TrainConfig())
+        usual = PRESETS[self.preset](self.dataset, self.model.backbone)
+        given, default = flatten(self), flatten(usual)
         return [name.replace("_", "-") for name in sorted(ignored) if given[name] != default[name]]
 
     @property
@@ -274,6 +275,7 @@ def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru
             warmup_steps=10_000,
             schedule="constant",
             weight_decay=1e-4,
+            return_noise=0.0,
         ),
         targets=PAPER_TARGETS.get(task_of(dataset[0])[0], ()),
         refresh_every=REFRESH_EVERY.get(backbone, 0),

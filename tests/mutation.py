@@ -48,7 +48,7 @@ TESTS = {
     "agents/backbones/scan_torch.py": CELLS,
     "agents/checkpoint.py": [
         *CHECKPOINTS,
-        "tests/agents/test_decision_agent.py",
+        "tests/agents/test_agent_files.py",
         "tests/security/test_agent_headers.py",
         "tests/faults/test_damaged_checkpoint.py",
     ],

@@ -172,8 +172,9 @@ def _protocol(study: dict[str, Any]) -> Section:
     if "quick" in protocol["settings"].get("preset", {}):
         section.text.append(
             "The preset's learning rate, weight decay, batch size and dropout were chosen on "
-            "minGRU on Hopper medium-expert, and all methods use the same; whether a rival wants "
-            "others is shown by the ablations of the learning rate, where there are any."
+            "minGRU on Hopper medium-expert, its noise on the returns on Walker2d medium-expert, "
+            "and all methods use the same; whether a rival wants others is shown by the ablations "
+            "of the learning rate, where there are any."
         )
     return section
 

@@ -18,6 +18,7 @@ PROTOCOL = {
     "schedule": "schedule",
     "warmup_steps": "warm-up steps",
     "weight_decay": "weight decay",
+    "return_noise": "noise on the returns",
     "width": "width",
     "num_layers": "blocks",
     "tokens": "tokens",

@@ -79,7 +79,9 @@ def test_steps_on_resident_data_are_the_steps_on_its_batches(options):
 
 def test_a_step_is_that_of_adamw_on_the_clipped_gradient_of_the_masked_mean():
     sampler = make_sampler()
-    trainer = make_trainer(dropout=0.0, learning_rate=0.01, gradient_clip=0.05, weight_decay=0.2)
+    trainer = make_trainer(
+        dropout=0.0, learning_rate=0.01, gradient_clip=0.05, weight_decay=0.2, return_noise=0.0
+    )
     model = copy.deepcopy(trainer.model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, weight_decay=0.2, fused=False, foreach=False

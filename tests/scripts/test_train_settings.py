@@ -189,7 +189,7 @@ def test_flags_that_a_model_without_memory_does_not_look_at_are_named():
     apart = dataclasses.replace(
         forgetful,
         model=dataclasses.replace(model, tokens="interleaved"),
-        optimization=OptimizationConfig(return_noise=0.1),
+        optimization=OptimizationConfig(return_noise=0.2),
     )
     assert apart.without_effect() == ["burn-in", "refresh-every", "return-noise"]
 
