@@ -169,18 +169,20 @@ class Episodes:
             final_observations=self.final_observations[indices],
         )
 
-    def split(self, fraction: float, seed: int) -> tuple[Episodes, Episodes]:
+    def split(self, fraction: float, seed: int) -> tuple[Episodes, Episodes | None]:
         """Hold out whole episodes at random.
 
         Args:
-            fraction: Share of the episodes to hold out, between 0 and 1. With two episodes or more
-                each side gets at least one.
+            fraction: Share of the episodes to hold out: 0, for none, or between 0 and 1. Then, with
+                two episodes or more, each side gets at least one.
             seed: Fixes which episodes are held out.
 
         Returns:
-            The episodes to train on and the held-out ones, each in their original order. A single
-            episode goes to both sides, since neither may be empty.
+            The episodes to train on and the held-out ones, if any, each in their original order. A
+            single episode goes to both sides, since neither may be empty.
         """
+        if fraction == 0:
+            return self, None
         if self.num_episodes == 1:
             return self, self
         order = np.random.default_rng(seed).permutation(self.num_episodes)

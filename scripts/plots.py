@@ -30,8 +30,8 @@ def plot_learning_curve(rows: list[dict], targets: Sequence[float], title: str, 
         score_axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
     score_axis.set_ylabel("return (mean ± std over episodes)")
     for tag, label in (("train/loss", "training"), ("eval/action_error", "held out")):
-        points = [(row["step"], row[tag]) for row in rows if tag in row]
-        loss_axis.plot(*zip(*points, strict=True) if points else ((), ()), label=label)
+        if points := [(row["step"], row[tag]) for row in rows if tag in row]:
+            loss_axis.plot(*zip(*points, strict=True), label=label)
     loss_axis.set_ylabel("squared action error")
     loss_axis.set_yscale("log")
     for axis in (score_axis, loss_axis):

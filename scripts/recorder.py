@@ -33,7 +33,7 @@ class Recorder:
         config: Of the run, complete.
         trainer: What to watch.
         dataset: Goes into every checkpoint.
-        held_out: Batches to measure the action error on.
+        held_out: Batches to measure the action error on, if there are any.
         losses: Of the steps since the last line of metrics, if the run is resumed between two; NaN
             for those that were skipped.
     """
@@ -144,7 +144,9 @@ class Recorder:
         An environment that fails costs this evaluation, not the training.
         """
         step, config, score = self.trainer.step_count, self.config, None
-        self.metrics.write(step, {"eval/action_error": self.trainer.action_error(self.held_out)})
+        if self.held_out:
+            error = self.trainer.action_error(self.held_out)
+            self.metrics.write(step, {"eval/action_error": error})
         if config.environment and config.eval_episodes:
             agent = self.agent()
             try:

@@ -84,7 +84,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
                 continue_run(run, config, trainer.step_count, evaluated=not unevaluated)
             describe(run, config, episodes, trainer)
             with run.metrics(trainer.step_count) as metrics, interruption() as asked:
-                batches = held_out_batches(config, held_out)
+                batches = held_out_batches(config, held_out) if config.held_out else []
                 recorder = Recorder(run, metrics, config, trainer, episodes.info, batches, losses)
                 try:
                     if unevaluated:  # stopped between saving and the end of the evaluation

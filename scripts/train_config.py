@@ -89,7 +89,7 @@ class TrainConfig:
     final_episodes: int = 100
     """Episodes for each target at the end, on other seeds; 0: no final evaluation."""
     held_out: float = 0.05
-    """Share of the episodes kept from training, to measure the action error on."""
+    """Share of the episodes kept from training, to measure the action error on; 0: none."""
     best_fraction: float = 1.0
     """Train only on the episodes of the highest returns that hold this share of the steps; with
     the backbone mlp, 0.1 is "10 % BC"."""
@@ -132,7 +132,7 @@ class TrainConfig:
         for name, is_possible, wanted in (
             ("on_bad_episode", self.on_bad_episode in ("raise", "drop"), "raise or drop"),
             ("dataset", len(set(self.dataset)) == len(self.dataset), "different ids"),
-            ("held_out", 0 < self.held_out < 1, "above 0 and below 1"),
+            ("held_out", 0 <= self.held_out < 1, "in [0, 1)"),
             ("best_fraction", 0 < self.best_fraction <= 1, "in (0, 1]"),
             (
                 "match_parameters",
@@ -281,6 +281,7 @@ def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru
         refresh_every=REFRESH_EVERY.get(backbone, 0),
         batch_size=64,
         steps=100_000,
+        held_out=0.0,
         eval_every=10_000,
         eval_episodes=100,
     )

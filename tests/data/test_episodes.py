@@ -96,7 +96,7 @@ def test_the_best_episodes_hold_at_most_the_share_of_the_steps():
 
 def test_split_parts_are_whole_disjoint_and_complete(make_episodes, info):
     episodes = Episodes.from_episodes(make_episodes([4, 2, 7, 1, 3, 5]), info)
-    for fraction in (0.0, 0.3, 0.99):
+    for fraction in (1e-6, 0.3, 0.99):
         train, held_out = episodes.split(fraction, seed=3)
         assert train.num_episodes >= 1
         assert held_out.num_episodes >= 1
@@ -108,6 +108,7 @@ def test_split_parts_are_whole_disjoint_and_complete(make_episodes, info):
     assert np.array_equal(again.rewards, episodes.split(0.3, seed=3)[1].rewards)
     single = episodes.select([2])
     assert single.split(0.5, seed=0) == (single, single)
+    assert episodes.split(0.0, seed=0) == (episodes, None)
 
 
 def test_the_share_is_held_out_and_the_seed_says_which():

@@ -174,7 +174,7 @@ WRONG = {
         "dataset must be different ids",
     ),
     "no-steps": ({"steps": 0}, ConfigError, "steps must be at least 1, not 0"),
-    "held-out": ({"held_out": 1.0}, ConfigError, "held-out must be above 0 and below 1, not 1.0"),
+    "held-out": ({"held_out": 1.0}, ConfigError, r"held-out must be in \[0, 1\), not 1.0"),
     "backbone": (
         {"model": ModelConfig(backbone="rwkv")},
         ConfigError,

@@ -108,6 +108,21 @@ def test_the_action_error_is_that_of_the_held_out_episodes(unusual, hopper_id):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_all_episodes_are_trained_on_if_none_is_held_out(hopper_id, tmp_path, monkeypatch):
+    trained_on = []
+    monkeypatch.setattr(
+        train_module,
+        "make_sampler",
+        lambda config, episodes: trained_on.append(episodes) or make_sampler(config, episodes),
+    )
+    options = {"held_out": 0.0, "eval_episodes": 0, "final_episodes": 0, "steps": 2}
+    run = train(make_config(hopper_id, tmp_path / "run", **options))
+    (episodes,) = trained_on
+    assert episodes.num_episodes == load_dataset(hopper_id).num_episodes
+    assert not any("eval/action_error" in row for row in RunFolder(run).read_metrics())
+    assert (run / "learning_curve.png").exists()
+
+
 def test_the_seed_decides_weights_windows_and_dropout(unusual, hopper_id):
     _, made = unusual
     assert made["Trainer"][-1]["seed"] == 3
