@@ -123,7 +123,7 @@ class DecisionAgent:
                 there are more or fewer environments than in the step before or than the last
                 ``reset`` told.
         """
-        observations = np.asarray(observations, dtype=np.float32)
+        observations = _as_float32(observations)
         if observations.ndim == 1:
             return self.act(observations[None], rewards)[0]
         self._check(observations)
@@ -157,7 +157,7 @@ class DecisionAgent:
             episode_start: (B,) bool.
             deterministic: Ignored; the model's action is one value, not a distribution.
         """
-        observation = np.asarray(observation, dtype=np.float32)
+        observation = _as_float32(observation)
         if observation.ndim == 1:
             actions, state = self.predict(observation[None], state, episode_start, deterministic)
             return actions[0], state
@@ -309,7 +309,12 @@ class DecisionAgent:
         finite = np.isfinite(observations)
         if not finite.all():
             row = finite.all(axis=1).argmin()
-            raise ValueError(f"the observation of environment {row} is not finite")
+            raise ValueError(f"the observation of environment {row} is not finite in float32")
+
+
+def _as_float32(observations: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large is refused by its row
+        return np.asarray(observations, dtype=np.float32)
 
 
 def _checked_count(name: str, value: int, least: int) -> int:

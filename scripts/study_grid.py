@@ -177,7 +177,7 @@ def configure(
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not value:
-            raise ConfigError(f"{setting!r} must be of the form name=value")
+            raise ConfigError(f"{name!r} must be of the form name=value")
         if name.replace("-", "_") in OF_THE_GRID:
             raise ConfigError(f"{name} is not for --set or --vary: it has a flag of its own")
         try:

@@ -214,7 +214,7 @@ class Backbone(nn.Module):
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Advance one step, ``forward`` with T = 1: x (B, D), reset (B,) bool."""
-        resets = flags_of_step(reset, x.shape[0])
+        resets = flags_of_step(reset, x)
         y, state = self._run(x.unsqueeze(1), state, resets, None, ALL)
         return y.squeeze(1), state
 

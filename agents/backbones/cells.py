@@ -184,7 +184,7 @@ class _MinimalRNN(nn.Module):
         Returns:
             The output (B, H) and the new state (num_layers, B, H).
         """
-        flags = flags_of_step(reset, x.shape[0])
+        flags = flags_of_step(reset, x)
         output, h = self._run(x.unsqueeze(1), self._single(h), flags, None, batch_first=True)
         return output.squeeze(1), self._paired(h)
 

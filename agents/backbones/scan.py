@@ -122,15 +122,17 @@ def check_arguments(activation: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {sequences.device}")
 
 
-def flags_of_step(reset: Tensor | None, batch: int) -> Tensor | None:
-    """Return the resets of one step, (B,), as those of a sequence, (B, 1).
+def flags_of_step(reset: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the resets of one step of ``x`` (B, F), (B,), as those of a sequence, (B, 1).
 
     Raises:
-        ValueError: If they are not bool, or of another shape.
+        ValueError: If they are not bool or of another shape, or ``x`` has more or fewer axes.
     """
+    if x.dim() != 2:
+        raise ValueError(f"a step takes (B, features), one row a sequence, not {tuple(x.shape)}")
     if reset is None:
         return None
-    check_flags("reset", reset, (batch,))
+    check_flags("reset", reset, x.shape[:1])
     return reset.unsqueeze(1)
 
 

@@ -79,6 +79,7 @@ WRONG = {
     "gpus of this machine": ({"gpus": 0.5}, "and 0 without --ray, not 0.5"),
     "quote": ({"more": ("targets='3600",)}, "cannot be read: No closing quotation"),
     "form": ({"more": ("steps",)}, "'steps' must be of the form name=value"),
+    "form of a variant": ({"vary": ("tokens",)}, "'tokens' must be of the form name=value"),
     "value": ({"vary": ("tokens=joint,wrong",)}, "tokens must be one of .*, not 'wrong'"),
     "grid": ({"more": ("seed=3",)}, "seed is not for --set or --vary"),
     "width": (

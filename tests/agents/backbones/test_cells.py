@@ -313,3 +313,11 @@ def test_flags_that_are_no_bool_tensor_are_named(make, flags, message):
         Backbone(8).step(torch.randn(2, 8), reset=flags)
     with pytest.raises(ValueError, match=r"resets must be bool of \(4, 2\), not "):
         cell(x, resets=flags)
+
+
+@both
+def test_a_step_of_one_row_or_of_a_whole_sequence_is_refused(make):
+    for shape in ((8,), (2, 4, 8)):
+        for core in (make(8, 5), Backbone(8)):
+            with pytest.raises(ValueError, match=r"a step takes \(B, features\).*, not \("):
+                core.step(torch.randn(shape))
