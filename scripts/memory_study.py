@@ -52,14 +52,13 @@ CORES = {
     "minlstm": Contestant("MinLSTM", "tab:olive", "minlstm"),
     "mingru-2": Contestant("MinGRU, 2 layers", "tab:blue", "mingru", 2),
     "minlstm-2": Contestant("MinLSTM, 2 layers", "tab:orange", "minlstm", 2),
-    "backbone": Contestant("Backbone", "tab:green", "backbone"),
+    "backbone": Contestant("Backbone", "tab:pink", "backbone"),
+    "backbone-2": Contestant("Backbone, 2 blocks", "tab:green", "backbone", 2),
 }
 WHOLE = "lstm, one call, no resets"
 ROUNDS = 5  # of each core, where updates are timed
-RECALL = Config(num_envs=32, num_steps=64, hidden_size=64, total_steps=150_000)
-BASE = replace(
-    RECALL, learning_rate=1e-3, anneal=True, gae_lambda=0.95, memory=10, total_steps=150_000
-)
+RECALL = Config(num_envs=32, num_steps=64, hidden_size=64, learning_rate=1e-3, total_steps=150_000)
+BASE = replace(RECALL, anneal=True, gae_lambda=0.95, memory=10)
 
 
 @dataclass(frozen=True)
@@ -273,7 +272,13 @@ def draw(curves: dict[str, dict[str, list]], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("return (mean, range over seeds)")
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=8, frameon=False)
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside upper center",
+        ncols=int(figure.get_figwidth() / 2.3),
+        frameon=False,
+    )
     figure.savefig(path, dpi=120)
 
 
