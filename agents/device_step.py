@@ -69,7 +69,7 @@ class Update:
         """Take the step; return its loss and the norm of its gradient, (2,)."""
         _, count, share = self.numbers
         self.optimizer.zero_grad()
-        error = self.summed_error(self.parallel, self._blurred(inputs), self.config.action_dropout)
+        error = self.summed_error(self.parallel, inputs, self.config.action_dropout)
         world_size = dist.get_world_size() if self.parallel is not self.model else 1
         # The ranks' gradients are averaged, so that this is the gradient of the global mean.
         (error * (world_size / count)).backward()
@@ -88,14 +88,6 @@ class Update:
         if self.average is not None:
             self._move_average(share * finite)
         return results
-
-    def _blurred(self, inputs: Inputs) -> Inputs:
-        """Return the inputs with the returns of each window too high or too low by one factor."""
-        returns = inputs["returns_to_go"]
-        if not self.config.return_noise:
-            return inputs
-        factor = 1 + self.config.return_noise * torch.randn(len(returns), 1, device=returns.device)
-        return inputs | {"returns_to_go": returns * factor}
 
     def summed_error(self, model: nn.Module, inputs: Inputs, action_dropout: float = 0.0) -> Tensor:
         """Return the action error, summed over the steps that count in the loss."""
@@ -144,6 +136,7 @@ class ResidentStep:
         self.observations, self.actions, self.returns_to_go = (x.to(device) for x in arrays)
         self.offsets = torch.arange(sampler.length, device=device)
         self.windows = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.return_factors = torch.ones(rows, 1, device=device)
         self._run = self._gather_and_update
 
     @staticmethod
@@ -154,9 +147,13 @@ class ResidentStep:
         free, _ = torch.cuda.mem_get_info(device)
         return sum(array.nbytes for array in sampler.arrays) <= SHARE_FOR_DATA * free
 
-    def __call__(self, windows: np.ndarray) -> Tensor:
-        """Take the step on these windows, (4, B); see :meth:`WindowSampler.windows`."""
+    def __call__(self, windows: np.ndarray, return_factors: np.ndarray) -> Tensor:
+        """Take the step on these windows, (4, B); see :meth:`WindowSampler.windows`.
+
+        Their returns-to-go are multiplied by ``return_factors``, (B, 1) float32.
+        """
         write(self.windows, windows)
+        write(self.return_factors, return_factors)
         return self._run()
 
     def capture(self) -> None:
@@ -178,7 +175,8 @@ class ResidentStep:
         return {
             "observations": self.observations.index_select(0, taken).unflatten(0, rows.shape),
             "actions": self.actions.index_select(0, taken).unflatten(0, rows.shape),
-            "returns_to_go": self.returns_to_go.index_select(0, taken).view(rows.shape),
+            "returns_to_go": self.returns_to_go.index_select(0, taken).view(rows.shape)
+            * self.return_factors,
             "timesteps": rows - episode_start,
             "mask": mask,
             "loss_mask": mask & (rows >= drawn),

@@ -4,7 +4,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import CheckpointError, ConfigError, TrainingError
 
 SKIPS_ALLOWED = 10
+RETURN_NOISE_KEY = (1,)  # other numbers than the windows of that seed and step are drawn with
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ class Trainer:
             TrainingError: After ten skipped steps in a row; the weights are those before them. (On
                 a GPU one step later: it is not waited for.)
         """
+        factors = self._return_factors(len(batch.returns_to_go))
+        batch = replace(batch, returns_to_go=batch.returns_to_go * factors)
         inputs = self._on_device(batch.rows(slice(self.rank, None, self.world_size)))
         self._begin(batch.loss_mask.sum())
         return self._take(lambda: self.update(inputs))
@@ -199,7 +202,9 @@ class Trainer:
         windows = sampler.windows(self.step_count)
         _, _, drawn, stop = windows
         self._begin((stop - drawn).sum())
-        return self._take(lambda: self._resident(windows[:, self.rank :: self.world_size]))
+        factors = self._return_factors(sampler.batch_size)
+        mine = slice(self.rank, None, self.world_size)
+        return self._take(lambda: self._resident(windows[:, mine], factors[mine]))
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -270,6 +275,15 @@ class Trainer:
             self.model.train()
             resident.capture()
         return resident
+
+    def _return_factors(self, rows: int) -> np.ndarray:
+        """Return what the returns of each window of the whole batch are multiplied by, (B, 1).
+
+        Drawn for all processes at once, so that several train as one would.
+        """
+        drawn = np.random.SeedSequence((self.seed, self.step_count), spawn_key=RETURN_NOISE_KEY)
+        noise = np.random.default_rng(drawn).standard_normal((rows, 1), np.float32)
+        return 1 + np.float32(self.config.return_noise) * noise
 
     def _begin(self, count: int) -> None:
         """Set what is particular to this step: random numbers, and those of :class:`Update`."""

@@ -116,7 +116,7 @@ def test_warming_up_on_an_empty_batch_changes_nothing(steps_before):
     trainer.update.numbers.zero_()
     empty = ResidentStep(sampler, trainer.update, 16)
     for _ in range(3):
-        assert empty(np.zeros((4, 16), np.int64))[0].isnan()
+        assert empty(np.zeros((4, 16), np.int64), np.ones((16, 1), np.float32))[0].isnan()
     for _ in range(5):
         assert trainer.step_from(sampler).loss == expected.step_from(sampler).loss
     assert_same(trainer.state_dict(), expected.state_dict())

@@ -159,15 +159,19 @@ def test_inputs_are_disturbed_in_training_only(name):
     assert run(trainer, 1) != run(plain, 1)
 
 
-def test_return_noise_is_one_factor_for_each_window():
-    update = make_trainer(return_noise=0.2).update
-    inputs = {"returns_to_go": torch.rand(5000, 3) + 1, "actions": torch.zeros(5000, 3, 1)}
-    blurred = update._blurred(inputs)
-    factors = blurred["returns_to_go"] / inputs["returns_to_go"]
-    torch.testing.assert_close(factors, factors[:, :1].expand(-1, 3))
-    assert factors.mean().item() == pytest.approx(1, abs=0.02)
-    assert factors[:, 0].std().item() == pytest.approx(0.2, abs=0.02)
-    assert blurred["actions"] is inputs["actions"]
+def test_return_noise_is_one_factor_for_each_window_of_all_processes():
+    trainer = make_trainer(return_noise=0.2)
+    factors = trainer._return_factors(5000)
+    assert (factors.shape, factors.dtype) == ((5000, 1), np.float32)
+    assert factors.mean() == pytest.approx(1, abs=0.02)
+    assert factors.std() == pytest.approx(0.2, abs=0.01)
+    trainer.rank = 1
+    assert np.array_equal(trainer._return_factors(5000), factors)
+    for number in ("step_count", "seed"):
+        other = make_trainer(return_noise=0.2)
+        setattr(other, number, 7)
+        assert np.abs(np.corrcoef(other._return_factors(5000)[:, 0], factors[:, 0])[0, 1]) < 0.1
+    assert (make_trainer(return_noise=0.0)._return_factors(3) == 1).all()
 
 
 @pytest.mark.parametrize(
