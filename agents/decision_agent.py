@@ -123,7 +123,7 @@ class DecisionAgent:
                 there are more or fewer environments than in the step before or than the last
                 ``reset`` told.
         """
-        observations = _as_float32(observations)
+        observations = np.asarray(observations, dtype=np.float32)
         if observations.ndim == 1:
             return self.act(observations[None], rewards)[0]
         self._check(observations)
@@ -157,7 +157,7 @@ class DecisionAgent:
             episode_start: (B,) bool.
             deterministic: Ignored; the model's action is one value, not a distribution.
         """
-        observation = _as_float32(observation)
+        observation = np.asarray(observation, dtype=np.float32)
         if observation.ndim == 1:
             actions, state = self.predict(observation[None], state, episode_start, deterministic)
             return actions[0], state
@@ -310,11 +310,6 @@ class DecisionAgent:
         if not finite.all():
             row = finite.all(axis=1).argmin()
             raise ValueError(f"the observation of environment {row} is not finite in float32")
-
-
-def _as_float32(observations: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large is refused by its row
-        return np.asarray(observations, dtype=np.float32)
 
 
 def _checked_count(name: str, value: int, least: int) -> int:
