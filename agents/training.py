@@ -166,6 +166,11 @@ class Trainer:
         self._reports_behind = 1 if self.device.type == "cuda" else 0
 
     @property
+    def _rows(self) -> slice:
+        """Of the windows of the whole batch, those of this process."""
+        return slice(self.rank, None, self.world_size)
+
+    @property
     def acting_model(self) -> TrajectoryModel:
         """The model that acts and is saved: the average of the weights if there is one."""
         return self.model if self.update.average is None else self.update.average
@@ -183,9 +188,9 @@ class Trainer:
             TrainingError: After ten skipped steps in a row; the weights are those before them. (On
                 a GPU one step later: it is not waited for.)
         """
-        factors = self._return_factors(len(batch.returns_to_go))
-        batch = replace(batch, returns_to_go=batch.returns_to_go * factors)
-        inputs = self._on_device(batch.rows(slice(self.rank, None, self.world_size)))
+        factors = self._return_factors(len(batch.returns_to_go))[self._rows]
+        mine = batch.rows(self._rows)
+        inputs = self._on_device(replace(mine, returns_to_go=mine.returns_to_go * factors))
         self._begin(batch.loss_mask.sum())
         return self._take(lambda: self.update(inputs))
 
@@ -202,9 +207,8 @@ class Trainer:
         windows = sampler.windows(self.step_count)
         _, _, drawn, stop = windows
         self._begin((stop - drawn).sum())
-        factors = self._return_factors(sampler.batch_size)
-        mine = slice(self.rank, None, self.world_size)
-        return self._take(lambda: self._resident(windows[:, mine], factors[mine]))
+        factors = self._return_factors(sampler.batch_size)[self._rows]
+        return self._take(lambda: self._resident(windows[:, self._rows], factors))
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -269,7 +273,7 @@ class Trainer:
         """Return a step whose data is on the device, captured if it can be; None if too large."""
         if not ResidentStep.fits(sampler, self.device):
             return None
-        rows = len(range(self.rank, sampler.batch_size, self.world_size))
+        rows = len(range(sampler.batch_size)[self._rows])
         resident = ResidentStep(sampler, self.update, rows)
         if self.device.type == "cuda" and self.world_size == 1:
             self.model.train()

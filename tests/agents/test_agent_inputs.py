@@ -56,7 +56,8 @@ def test_actions_are_inside_the_box_whatever_is_seen(kind, refresh_every, count)
 
 
 @pytest.mark.parametrize(
-    ("observation", "reward"), [(np.nan, np.nan), (np.inf, np.inf), (-1e300, -np.inf)]
+    ("observation", "reward"),
+    [(np.nan, np.nan), (np.inf, np.inf), (-np.inf, -np.inf), (-1e300, np.nan)],
 )
 def test_a_bad_observation_is_refused_by_row_and_changes_nothing(observation, reward):
     agent = make_agent()
