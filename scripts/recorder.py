@@ -186,7 +186,7 @@ def make_agent(config: TrainConfig, trainer: Trainer, dataset: DatasetInfo) -> D
         trainer.acting_model,
         target_return=config.targets[0],
         refresh_every=config.refresh_every,
-        context=config.context,
+        context=config.burn_in + config.context,  # as many steps as training sees
         info={
             "step": trainer.step_count,
             "dataset": vars(dataset),

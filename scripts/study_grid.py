@@ -13,7 +13,6 @@ from urllib.parse import quote
 import tyro
 
 from minrl.agents.backbones.blocks import MIXERS
-from minrl.agents.model_config import ignored_fields
 from minrl.data.dataset_ids import EMBEDDED_IDS, check_id
 from minrl.data.minari_source import load_dataset
 from minrl.errors import ConfigError
@@ -24,6 +23,7 @@ from minrl.scripts.train_config import PRESETS, TrainConfig, flatten
 
 # Behaviour cloning is the backbone without memory, on all episodes or on the best tenth.
 CLONING = {"bc": ("mlp", 1.0), "bc10": ("mlp", 0.1)}
+OF_CLONING = {"tokens", "best_fraction"}  # with others it would be another method
 TASKS = {re.sub(r"^minrl/(.*)-v0$", r"\1", name): name for name in EMBEDDED_IDS}
 
 # What the grid itself decides, and what may differ between a run and its continuation.
@@ -139,26 +139,28 @@ def datasets_of(task: str) -> list[str]:
 
 
 def methods_of(study: StudyConfig, dataset: tuple[str, ...]) -> list[tuple[str, TrainConfig]]:
-    """Return name and configuration of every method and its variants on a dataset."""
+    """Return name and configuration of every method and its variants on a dataset.
+
+    A variant in which the flag has no effect, or which is another method, is none.
+    """
     found = []
     for method in dict.fromkeys(study.backbones):
         base = configure(study.preset, dataset, method, study.set)
         found.append((method, base))
-        for setting in settings_of(study.vary, base.model.backbone):
+        for setting in settings_of(study.vary):
+            name = setting.partition("=")[0].replace("-", "_")
             variant = configure(study.preset, dataset, method, (*study.set, setting))
-            if variant not in [config for _, config in found]:
+            is_known = variant in [config for _, config in found]
+            skipped = variant.ignored() | (OF_CLONING if method in CLONING else set())
+            if not is_known and name not in skipped:
                 found.append((f"{method},{quote(setting, safe='=+')}", variant))
     return found
 
 
-def settings_of(vary: tuple[str, ...], backbone: str) -> list[str]:
-    """Split name=first,second into name=first and name=second; leave out what has no effect."""
-    ignored, settings = ignored_fields(backbone), []
-    for field in vary:
-        name, _, values = field.partition("=")
-        if name.replace("-", "_") not in ignored:
-            settings += [f"{name}={value}" for value in values.split(",")]
-    return settings
+def settings_of(vary: tuple[str, ...]) -> list[str]:
+    """Split name=first,second into name=first and name=second."""
+    fields = [field.partition("=") for field in vary]
+    return [f"{name}={value}" for name, _, values in fields for value in values.split(",")]
 
 
 @lru_cache

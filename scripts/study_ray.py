@@ -1,8 +1,9 @@
 """The runs of a study as tasks of a Ray cluster.
 
-A task whose worker or node dies is given to another one, up to ``RETRIES`` times. The folder of the
-study must be on a file system that all nodes share, under the same path: there the run goes on from
-its last checkpoint, and there the progress is read. minrl must be installed on every node.
+A task whose worker or node dies is given to another one, up to ``RETRIES`` times. The folders
+of the study and of the datasets must be on a file system that all nodes share, under the same path:
+there the run goes on from its last checkpoint, and there the progress is read. minrl must be
+installed on every node.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from minrl.scripts.study_workers import last_line
 from minrl.scripts.train_config import TrainConfig
 
 RETRIES = 10
-# Folder of the Minari datasets (where it is not shared, a node makes its own), and own modules.
+# Folder of the Minari datasets, and own modules.
 PASSED_ON = ("MINARI_DATASETS_PATH", imports.VARIABLE)
 
 

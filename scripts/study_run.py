@@ -20,6 +20,7 @@ from filelock import FileLock
 from minrl.errors import INTERRUPTED, CheckpointError, ConfigError
 from minrl.scripts.imports import import_named
 from minrl.scripts.run_folder import RunFolder
+from minrl.scripts.study_grid import refuse_other_settings
 from minrl.scripts.train import train
 from minrl.scripts.train_config import TrainConfig
 
@@ -59,12 +60,16 @@ def carry_out(config: TrainConfig, threads: int = 1) -> bool:
     Args:
         config: Of the run, with its folder.
         threads: Of PyTorch.
+
+    Raises:
+        ConfigError: If a run with other settings is in the folder, by now.
     """
     torch.set_num_threads(threads)
     run = RunFolder(config.run_dir)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     # Somebody may be at work on it: another study, or what is left of one that was killed.
     with FileLock(run.path.with_name(f"{run.path.name}.lock"), poll_interval=0.5):
+        refuse_other_settings(config)
         if is_done(config):
             return True
         if (run.path / "config.json").exists():

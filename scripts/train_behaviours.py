@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minrl.data.behaviours import BehaviourPolicy
-from minrl.envs.evaluation import Evaluation
+from minrl.envs.evaluation import Evaluation, format_return
 from minrl.envs.make import make_env
 from minrl.envs.rollout import evaluate
 from minrl.errors import ConfigError, MinrlError
@@ -257,7 +257,8 @@ def train_behaviours(config: BehaviourConfig) -> list[dict]:
         np.savez_compressed(config.out / file, **weights)
         result = measure(weights, task.environment_id, 1.0)
         snapshots.append(describe(file, done, 1.0, result))
-        print(f"{file}: return {result.return_mean:.0f} ± {result.return_std:.0f}", flush=True)
+        mean, std = map(format_return, (result.return_mean, result.return_std))
+        print(f"{file}: return {mean} ± {std}", flush=True)
 
     def after_step(_locals: dict[str, Any], _globals: dict[str, Any]) -> bool:
         if learner.num_timesteps >= every * len(snapshots):

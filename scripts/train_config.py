@@ -6,11 +6,12 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from minrl.agents.field_types import wrong_types
 from minrl.agents.model_config import ModelConfig, ignored_fields
 from minrl.agents.training import OptimizationConfig
+from minrl.data.validate import OnBadEpisode
 from minrl.errors import ConfigError
 
 DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"
@@ -81,7 +82,8 @@ class TrainConfig:
     of the data and that of all; with the preset paper, for hopper, halfcheetah and walker2d, the
     Decision Transformer's."""
     refresh_every: int = 0
-    """When acting, rebuild the state from the last context steps this often; 0 never, 1 always."""
+    """When acting, rebuild the state this often from the last steps, as many as a window and its
+    burn-in; 0 never, 1 always."""
     eval_every: int = 1000
     """Steps between evaluations, each after a checkpoint."""
     eval_episodes: int = 10
@@ -94,7 +96,8 @@ class TrainConfig:
     """Train only on the episodes of the highest returns that hold this share of the steps; with
     the backbone mlp, 0.1 is "10 % BC"."""
     match_parameters: int | None = None
-    """Choose the width with which the model has about this many parameters."""
+    """Choose the width, in place of --width, with which the model has about this many
+    parameters."""
     log_every: int = 50
     """Steps between lines of metrics."""
     run_dir: Path | None = None
@@ -129,8 +132,9 @@ class TrainConfig:
                 problems.append(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not all(math.isfinite(target) for target in self.targets):
             problems.append(f"targets must be finite, not {self.targets}")
+        answers = get_args(OnBadEpisode)
         for name, is_possible, wanted in (
-            ("on_bad_episode", self.on_bad_episode in ("raise", "drop"), "raise or drop"),
+            ("on_bad_episode", self.on_bad_episode in answers, " or ".join(answers)),
             ("dataset", len(set(self.dataset)) == len(self.dataset), "different ids"),
             ("held_out", 0 <= self.held_out < 1, "in [0, 1)"),
             ("best_fraction", 0 < self.best_fraction <= 1, "in (0, 1]"),
@@ -147,6 +151,13 @@ class TrainConfig:
 
     def without_effect(self) -> list[str]:
         """Return the names of the flags that are set and that this model does not look at."""
+        usual = PRESETS[self.preset](self.dataset, self.model.backbone)
+        given, default = flatten(self), flatten(usual)
+        names = sorted(name for name in self.ignored() if given[name] != default[name])
+        return [name.replace("_", "-") for name in names]
+
+    def ignored(self) -> set[str]:
+        """Return the names of the fields that this model does not look at."""
         ignored = ignored_fields(self.model.backbone)
         tokens = self.model.tokens
         if tokens == "observation":
@@ -154,9 +165,7 @@ class TrainConfig:
         if self.model.backbone == "mlp" and not self.model.convolution and tokens != "joint":
             # It sees the observation's token alone; a joint one holds the action before it.
             ignored |= {"action_dropout", "burn_in", "refresh_every", "return_noise"}
-        usual = PRESETS[self.preset](self.dataset, self.model.backbone)
-        given, default = flatten(self), flatten(usual)
-        return [name.replace("_", "-") for name in sorted(ignored) if given[name] != default[name]]
+        return ignored
 
     @property
     def selection_seed(self) -> int:
@@ -179,8 +188,8 @@ class TrainConfig:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ConfigError: If a field is unknown, for instance written by another version, or of
-                another type.
+            ConfigError: If a field is unknown or missing, for instance written by another version,
+                or of another type.
         """
         try:
             config = cls(
@@ -195,7 +204,16 @@ class TrainConfig:
             )
         except (TypeError, KeyError) as error:
             raise ConfigError(f"this configuration is not of this version: {error}") from error
-        if problems := wrong_types(config):
+        problems = wrong_types(config)
+        parts = (
+            (cls, values),
+            (ModelConfig, values["model"]),
+            (OptimizationConfig, values["optimization"]),
+        )
+        for kind, given in parts:  # what was not there yet is not what is the default now
+            names = [field.name for field in dataclasses.fields(kind)]
+            problems += [f"{name} is missing" for name in names if name not in given]
+        if problems:
             raise ConfigError(f"this configuration is not of this version: {'; '.join(problems)}")
         return config
 

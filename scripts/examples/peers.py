@@ -37,7 +37,7 @@ from minrl.scripts.examples.d3rlpy_agents import (
     make_replay_buffer,
 )
 from minrl.scripts.train import complete
-from minrl.scripts.train_config import DEFAULT_DATASET, TrainConfig, quick
+from minrl.scripts.train_config import DEFAULT_DATASET, PRESETS, TrainConfig
 
 with interface_of("d3rlpy", install=INSTALL, known="2.8.1"):
     import d3rlpy
@@ -168,6 +168,10 @@ class Settings:
     Args:
         algorithm: Of d3rlpy.
         dataset: Minari ids; several are joined.
+        preset: Of the runs it is compared with; it decides on what episodes it is trained and
+            which returns it is asked for.
+        held_out: Share of the episodes kept from training, if not that of the preset.
+        targets: Returns to ask dt for, if not those of the preset.
         seed: Of weights, batches, held-out episodes and evaluation.
         steps: Training steps; by default what d3rlpy's script takes.
         episodes: For each target at the end.
@@ -177,6 +181,9 @@ class Settings:
 
     algorithm: Literal["bc", "dt", "iql", "td3bc"] = "td3bc"
     dataset: tuple[str, ...] = (DEFAULT_DATASET,)
+    preset: Literal["quick", "paper"] = "quick"
+    held_out: float | None = None
+    targets: tuple[float, ...] = ()
     seed: int = 0
     steps: int | None = None
     episodes: int = 100
@@ -252,8 +259,14 @@ def complete_settings(settings: Settings, episodes: Episodes) -> TrainConfig:
             f"actions of {episodes.info.dataset_id} are not from -1 to 1, as those of d3rlpy's "
             "agents are"
         )
+    usual = PRESETS[settings.preset](settings.dataset)
     config = dataclasses.replace(
-        quick(settings.dataset), seed=settings.seed, steps=steps, final_episodes=settings.episodes
+        usual,
+        seed=settings.seed,
+        steps=steps,
+        final_episodes=settings.episodes,
+        held_out=usual.held_out if settings.held_out is None else settings.held_out,
+        targets=settings.targets or usual.targets,
     )
     config.check()
     config = complete(config, episodes)
@@ -296,6 +309,7 @@ def main(settings: Settings) -> dict:
         "method": f"d3rlpy {peer.name}",
         "library": f"d3rlpy {d3rlpy.__version__}",
         "dataset": list(settings.dataset),
+        "data": episodes.info.sha256,
         "seed": config.seed,
         "steps": config.steps,
         "seconds": round(seconds, 1),

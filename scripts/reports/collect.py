@@ -40,6 +40,7 @@ class Run:
         parameters: Of the model; None if not known.
         references: Returns that score 0 and 100 percent; None if not known.
         score_note: What its scores may be compared with.
+        data: Digest of what it was trained on, if known.
         versions: Of libraries, by name.
         machine: That it was trained on, if known.
         library: Whose code it is; None for ours.
@@ -62,6 +63,7 @@ class Run:
     parameters: int | None = None
     references: tuple[float, float] | None = None
     score_note: str | None = None
+    data: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     machine: str | None = None
     library: str | None = None
@@ -160,6 +162,7 @@ def _read_checkpoint(folder: RunFolder, run: Run) -> None:
         check_info(header)
         dataset, machine = header["dataset"], header.get("trained_on")
         run.score_note = dataset["score_note"]
+        run.data = dataset.get("sha256")
         run.machine = None if machine is None else str(machine)
         run.versions = {str(name): str(version) for name, version in header["versions"].items()}
         lowest, highest = dataset.get("reference_min"), dataset.get("reference_max")
@@ -281,6 +284,7 @@ def _read_peer(path: Path, name: str) -> Run:
         evaluations=evaluations,
         step_seconds=peer["seconds"] / peer["steps"] if peer.get("seconds") else None,
         parameters=peer.get("parameters"),
+        data=peer.get("data"),
         library=peer["library"],
         note=peer.get("note", ""),
         method=peer["method"],

@@ -25,8 +25,9 @@ def comparisons(
     """Return the comparisons over tasks: of our methods, and of these with outside agents.
 
     Methods with changes of settings are not among them: they are in the ablations. Each comparison
-    is over the tasks that all its methods have; a method that has less than half of the tasks is
-    left out and named. Outside agents get a comparison of their own only if they lack tasks.
+    is over the tasks that all its methods have; a method that has less than half of the tasks, or
+    leaves none in common, is left out and named. Outside agents get a comparison of their own only
+    if they lack tasks.
     """
     scored = [index for index, task in enumerate(tasks) if task["unit"] == "score"]
     table = _scores_by(cells, "last")
@@ -143,6 +144,7 @@ def _improvements(
             ),
             "difference": pairs["difference"],
             "difference_interval": pairs["interval"],
+            "difference_tasks": len(pairs["tasks"]),
         }
         for own in OURS
         for rival in by_method

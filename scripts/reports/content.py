@@ -169,12 +169,15 @@ def _protocol(study: dict[str, Any]) -> Section:
     values += [(title, _values(of)) for title, of in protocol["settings"].items()]
     text = "Printed from the configurations that the runs were made with." + _scores(study)
     section = Section("protocol", "Protocol", [text], [Facts(rows, values)])
-    if "quick" in protocol["settings"].get("preset", {}):
+    if protocol["chosen_on"]:
+        chosen = "; ".join(
+            f"{', '.join(names)}: chosen on {where}"
+            for where, names in protocol["chosen_on"].items()
+        )
         section.text.append(
-            "The preset's learning rate, weight decay, batch size and dropout were chosen on "
-            "minGRU on Hopper medium-expert, its noise on the returns on Walker2d medium-expert, "
-            "and all methods use the same; whether a rival wants others is shown by the ablations "
-            "of the learning rate, where there are any."
+            f"What all methods have from the preset was not chosen for the rivals ({chosen}). "
+            "Whether one of them wants another learning rate is shown by its ablations, where "
+            "there are any."
         )
     return section
 
@@ -203,7 +206,11 @@ def _data(study: dict[str, Any]) -> str:
         f"{', '.join(ids)}: {note or 'origin not recorded, no checkpoint is in the run folders'}"
         for note, ids in by_note.items()
     )
-    return "; ".join(listed)
+    other = [task["label"] for task in study["tasks"] if not task["same_data"]]
+    warning = (
+        f". Not all runs of {', '.join(other)} were trained on the same files" if other else ""
+    )
+    return "; ".join(listed) + warning
 
 
 def _targets(study: dict[str, Any]) -> str:

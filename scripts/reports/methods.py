@@ -47,8 +47,14 @@ def name_methods(runs: Sequence[Run]) -> list[Method]:
     """Set the method of each run and return all methods, in the order of the report."""
     methods: dict[str, Method] = {}
     families: dict[str, list[Run]] = {}
+    budgets: dict[str, set[int]] = {}
     for run in runs:
         if run.library is not None:
+            budgets.setdefault(run.method, set()).add(run.steps)
+    for run in runs:
+        if run.library is not None:
+            if len(budgets[run.method]) > 1:
+                run.method = f"{run.method}, {run.steps:,} steps"
             methods[run.method] = Method(run.method, run.method, library=run.library)
         else:
             families.setdefault(family_of(run.settings), []).append(run)
@@ -85,12 +91,11 @@ def _changes(runs: list[Run]) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
     found = [(run, []) for run in runs]
     for name in dict.fromkeys(name for values in settings for name in values):
         having = [index for index, values in enumerate(settings) if name in values]
-        on_tasks: dict[tuple, Counter] = {}
-        for index in having:
-            on_tasks.setdefault(runs[index].datasets, Counter())[settings[index][name]] += 1
-        declared = [index for index in having if not _is_variant(runs[index])]
-        anywhere = Counter(settings[index][name] for index in declared or having)
-        usual = _usual(on_tasks, {task: presets[task][name] for task in on_tasks}, anywhere)
+        plain = [index for index in having if _varied(runs[index]) != name] or having
+        on_tasks: dict[tuple, Counter] = {runs[index].datasets: Counter() for index in having}
+        for index in plain:
+            on_tasks[runs[index].datasets][settings[index][name]] += 1
+        usual = _usual(on_tasks, {task: presets[task][name] for task in on_tasks})
         for index in having:
             value, baseline = settings[index][name], usual[runs[index].datasets]
             if value != baseline:
@@ -98,18 +103,19 @@ def _changes(runs: list[Run]) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
     return found
 
 
-def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any], anywhere: Counter) -> dict:
+def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any]) -> dict:
     """Return the usual value of a setting by task, which a failed run does not change.
 
     Where runs differ it is the preset's value, if some have that, else the commonest of the whole
-    family. A task where all have one value may have it for a reason, and keeps it, unless that is
-    the value of a variant elsewhere: then the runs with the usual one failed here.
+    family, as where there is none. A task where all have one value may have it for a reason, and
+    keeps it, unless that is the value of a variant elsewhere: then the runs with the usual one
+    failed here.
 
     Args:
-        on_tasks: By task, how many runs have each value.
+        on_tasks: By task, how many runs have each value, without those in which it was varied.
         presets: By task, the preset's value.
-        anywhere: How many runs of all tasks have each value.
     """
+    anywhere = sum(on_tasks.values(), Counter())
     commonest = max(anywhere, key=anywhere.get)
     winners = {
         task: presets[task] if presets[task] in values else commonest
@@ -118,16 +124,17 @@ def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any], anywhere: 
     }
     usual = {}
     for task, values in on_tasks.items():
-        value = next(iter(values))
+        value = next(iter(values), commonest)
         beaten_by = [winner for other, winner in winners.items() if value in on_tasks[other]]
         lost = beaten_by and value not in winners.values()
         usual[task] = winners.get(task, beaten_by[0] if lost else value)
     return usual
 
 
-def _is_variant(run: Run) -> bool:
-    """Return whether ``minrl study`` wrote it as one: METHOD,NAME=VALUE-sSEED."""
-    return "," in run.path.name
+def _varied(run: Run) -> str | None:
+    """Return the setting that ``minrl study`` varied in it: METHOD,NAME=VALUE-sSEED."""
+    _, is_variant, setting = run.path.name.partition(",")
+    return setting.partition("=")[0].replace("-", "_") if is_variant else None
 
 
 def _preset_of(settings: dict[str, Any]) -> dict[str, Any]:

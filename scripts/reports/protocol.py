@@ -5,7 +5,7 @@ from typing import Any
 from minrl.scripts.reports.collect import Run
 from minrl.scripts.reports.comparison import way_to_act
 from minrl.scripts.reports.methods import NOT_THE_METHOD, Method
-from minrl.scripts.train_config import FINAL_SEED, SELECTION_SEED
+from minrl.scripts.train_config import FINAL_SEED, PRESETS, SELECTION_SEED, flatten
 
 # Settings that a reader must know of, with their names; of others only where methods differ.
 PROTOCOL = {
@@ -38,11 +38,27 @@ OF_THE_TASK = ("targets", "return_scale")
 SAYS_NOTHING = {"None", "auto"}
 
 
-def describe_protocol(runs: list[Run], methods: list[Method]) -> dict[str, Any]:
-    """Return what the runs' own configurations say they had in common, and where they differ."""
+# What the preset quick has was chosen on these.
+CHOSEN_ON = {
+    "minGRU on Hopper medium-expert": ("learning_rate", "weight_decay", "batch_size", "dropout"),
+    "minGRU on Walker2d medium-expert": ("return_noise",),
+}
+
+
+def describe_protocol(
+    runs: list[Run], methods: list[Method], labels: dict[tuple[str, str | None], str]
+) -> dict[str, Any]:
+    """Return what the runs' own configurations say they had in common, and where they differ.
+
+    Args:
+        runs: All.
+        methods: All.
+        labels: What tasks are called, by id and environment.
+    """
     ours = [run for run in runs if run.library is None]
     return {
-        "settings": _compare_settings(ours, methods),
+        "settings": _compare_settings(ours, methods, labels),
+        "chosen_on": _chosen_on(ours, methods),
         "seeds": sorted({run.seed for run in runs}),
         "selection_seed": SELECTION_SEED,
         "final_seed": FINAL_SEED,
@@ -58,8 +74,10 @@ def describe_protocol(runs: list[Run], methods: list[Method]) -> dict[str, Any]:
     }
 
 
-def _compare_settings(runs: list[Run], methods: list[Method]) -> dict[str, dict[str, list[str]]]:
-    """Return by setting and value the methods that have it.
+def _compare_settings(
+    runs: list[Run], methods: list[Method], labels: dict[tuple[str, str | None], str]
+) -> dict[str, dict[str, list[str]]]:
+    """Return by setting and value who has it: methods, or tasks where it goes by these.
 
     What only an ablation changes is said where its worth is, not here.
     """
@@ -68,21 +86,55 @@ def _compare_settings(runs: list[Run], methods: list[Method]) -> dict[str, dict[
     others = [name for name in others if name not in (*PROTOCOL, *NOT_THE_METHOD, *OF_THE_TASK)]
     settings = {}
     for name in (*PROTOCOL, *others):
-        values: dict[str, set[str]] = {}
-        for run in runs:
-            if name in run.settings and run.method in families:
-                value = _shown(name, run.settings[name], families[run.method])
-                values.setdefault(value, set()).add(run.method)
+        found = [
+            (
+                _shown(name, run.settings[name], families[run.method]),
+                run.method,
+                labels["+".join(run.datasets), run.environment],
+            )
+            for run in runs
+            if name in run.settings and run.method in families
+        ]
+        values = dict.fromkeys(value for value, *_ in found)
         if values.keys() - SAYS_NOTHING and (name in PROTOCOL or len(values) > 1):
-            title = PROTOCOL.get(name, name.replace("_", " "))
-            settings[title] = {value: sorted(names) for value, names in values.items()}
+            settings[PROTOCOL.get(name, name.replace("_", " "))] = _who_has(found)
     return settings
+
+
+def _who_has(found: list[tuple[str, str, str]]) -> dict[str, list[str]]:
+    """Return by value who has it, from values, methods and tasks: in as few words as tell all."""
+    methods, tasks, values = {}, {}, {}
+    for value, method, task in found:
+        methods.setdefault(method, set()).add(value)
+        tasks.setdefault(task, set()).add(value)
+    goes_by_tasks = len(methods) > 1 and all(len(of_task) == 1 for of_task in tasks.values())
+    for value, method, task in found:
+        who = method
+        if len(methods[method]) > 1:
+            who = task if goes_by_tasks else f"{method} on {task}"
+        values.setdefault(value, set()).add(who)
+    return {value: sorted(names) for value, names in values.items()}
 
 
 def _shown(name: str, value: Any, family: str) -> str:
     if name == "refresh_every":
         return way_to_act(value, family)
-    return f"{value:,g}" if isinstance(value, (int, float)) and value >= 1000 else f"{value}"
+    if isinstance(value, int):
+        return f"{value:,}" if value >= 1000 else f"{value}"
+    return f"{value:,g}" if isinstance(value, float) and value >= 1000 else f"{value}"
+
+
+def _chosen_on(runs: list[Run], methods: list[Method]) -> dict[str, list[str]]:
+    """Return on what the preset's settings that all runs have, but for ablations, were chosen."""
+    usual = flatten(PRESETS["quick"]())
+    names = {method.name for method in methods if not method.changes}
+    settings = [run.settings for run in runs if run.method in names]
+    found = {}
+    for where, chosen in CHOSEN_ON.items():
+        kept = [name for name in chosen if all(own[name] == usual[name] for own in settings)]
+        if kept and settings:
+            found[where] = [PROTOCOL[name] for name in kept]
+    return found
 
 
 def _unexpected_seeds(runs: list[Run]) -> list[str]:

@@ -62,10 +62,11 @@ def overview(study: dict[str, Any]) -> Table | None:
         parameters = Cell(range_of([cell["parameters"] for cell in of_method], thousands))
         times = [_training_cell(of_method), _latency_cell(latency.get(name))]
         rows.append([method_cell(study, name), *cells, parameters, *times])
+    wall_time = ", of outside agents wall time" if study["protocol"]["peers"] else ""
     notes = [
         f"Percent over {counted(first['tasks'], 'task')}{_seeds_each(first)}, at the first target "
         f"of each task. IQM: interquartile mean of all runs.{_interval_note(study, first)} "
-        "Training: the median step times the steps; acting: as trained, median.",
+        f"Training: the median step times the steps{wall_time}; acting: as trained, median.",
         *(note for comparison in study["comparisons"] for note in _left_out(study, comparison)),
     ]
     return Table("", heads + heads_of("parameters", "training", "acting"), rows, notes)
@@ -131,7 +132,7 @@ def _left_out(study: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
         notes.append(f"{of}: without {', '.join(labels)}, of which some method has no run.")
     if comparison["left_out_methods"]:
         names = ", ".join(comparison["left_out_methods"])
-        notes.append(f"{of}: without {names}, which have less than half of the tasks.")
+        notes.append(f"{of}: without {names}, which have too few of the tasks.")
     for name, values in comparison["last"].items():
         if values["seeds"] < values["seeds_at_most"]:
             notes.append(
@@ -258,7 +259,14 @@ def difference_table(study: dict[str, Any]) -> Table | None:
         "(Student's t, Welch-Satterthwaite). Bold: it leaves out zero. "
         f"{NOT_WIDENED}"
     )
-    return _pair_table(study, _by_pair(study), "Differences of scores", _difference_cell, note)
+    by_pair = _by_pair(study)
+    fewer = [
+        f"{own} and {rival} have seeds in common on {row['difference_tasks']} of these tasks."
+        for (own, rival), row in by_pair.items()
+        if row["difference_tasks"] < row["tasks"]
+    ]
+    note = " ".join([note, *fewer])
+    return _pair_table(study, by_pair, "Differences of scores", _difference_cell, note)
 
 
 Pairs = dict[tuple[str, str], dict[str, Any]]
@@ -270,7 +278,7 @@ def _by_pair(study: dict[str, Any]) -> Pairs:
     for comparison in study["comparisons"]:
         for row in comparison["improvement"]:
             of = {
-                "tasks": counted(comparison["tasks"], "task"),
+                "tasks": len(comparison["tasks"]),
                 "narrow": _how_narrow(comparison, 1),
             }
             by_pair.setdefault((row["method"], row["rival"]), row | of)
@@ -290,7 +298,10 @@ def _pair_table(
         [method_cell(study, own), *(cell_of(by_pair.get((own, rival))) for rival in rivals)]
         for own in dict.fromkeys(own for own, _ in by_pair)
     ]
-    heads = [Cell(method_cell(study, rival).text, tasks) for rival, tasks in rivals.items()]
+    heads = [
+        Cell(method_cell(study, rival).text, counted(range(tasks), "task"))
+        for rival, tasks in rivals.items()
+    ]
     return Table(title, [Cell("method"), *heads], rows, [note]) if rows else None
 
 

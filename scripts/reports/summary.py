@@ -16,7 +16,7 @@ from minrl.scripts.reports.methods import Method
 from minrl.scripts.reports.protocol import describe_protocol
 from minrl.scripts.reports.statistics import student_interval
 
-FORMAT = 4
+FORMAT = 5
 
 
 def summarise(
@@ -26,6 +26,7 @@ def summarise(
     runs, repeated = _without_repetitions(runs)
     tasks = describe_tasks(runs)
     cells = _cells(runs, methods, tasks)
+    labels = {(task["id"], task["environment"]): task["label"] for task in tasks}
     study = {
         "report": FORMAT,
         "methods": [asdict(method) for method in methods],
@@ -33,7 +34,7 @@ def summarise(
         "cells": cells,
         "comparisons": comparisons(methods, tasks, cells),
         "ablations": ablations(methods, tasks, cells),
-        "protocol": describe_protocol(runs, methods),
+        "protocol": describe_protocol(runs, methods, labels),
         "runs": [_describe_run(run, tasks) for run in runs],
         "unfinished": len(left_out),
         "left_out": left_out + repeated,
@@ -71,6 +72,7 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
         notes = dict.fromkeys(run.score_note for run in members if run.score_note)
         references = {run.references for run in members}
         shared = references.pop() if len(references) == 1 else None
+        data = {run.data for run in members if run.data}
         described.append(
             {
                 "id": "+".join(datasets),
@@ -83,6 +85,7 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "references": shared,
                 "own_references": shared not in (None, *REFERENCE_SCORES.values()),
                 "targets": list(dict.fromkeys(t for run in members for t in run.targets)),
+                "same_data": len(data) < 2,
             }
         )
     labels = [task["label"] for task in described]
@@ -179,6 +182,7 @@ def _describe_run(run: Run, tasks: list[dict[str, Any]]) -> dict[str, Any]:
         "environment",
         "settings",
         "score_note",
+        "data",
         "versions",
         "machine",
         "library",

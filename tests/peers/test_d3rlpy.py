@@ -179,6 +179,16 @@ def test_a_transformer_is_asked_for_the_targets_of_minrl_train(hopper_id, tmp_pa
     assert "1 steps, 100,000 asked for" in result["note"]
 
 
+def test_a_peer_is_treated_as_the_runs_that_it_is_compared_with(hopper_id):
+    episodes = load_dataset(hopper_id)
+    paper = peers.complete_settings(Settings("dt", (hopper_id,), preset="paper"), episodes)
+    assert (paper.held_out, paper.targets) == (0.0, (3600.0, 1800.0))
+    told = Settings("dt", (hopper_id,), held_out=0.5, targets=(3.0,))
+    config = peers.complete_settings(told, episodes)
+    assert (config.held_out, config.targets) == (0.5, (3.0,))
+    assert "trained on 50% of the episodes" in peers.describe(PEERS["dt"], config)
+
+
 @pytest.mark.parametrize("steps", [0, 1500])
 def test_steps_that_are_no_whole_epochs_are_refused(steps, source):
     with pytest.raises(ConfigError, match=f"multiple of it, not {steps}"):

@@ -203,6 +203,14 @@ def test_what_a_study_was_begun_with_is_asked_for_again(hopper_id, tmp_path, pla
             plan(tmp_path, more=given)
 
 
+def test_a_folder_in_which_another_study_began_since_is_refused(hopper_id, tmp_path, plan):
+    (ours,) = plan(tmp_path)
+    (other,) = plan(tmp_path, more=("learning-rate=1e-5",))
+    assert carry_out(other)
+    with pytest.raises(ConfigError, match="is a run with learning-rate 1e-05, not"):
+        carry_out(ours)
+
+
 def carry_out_and_die(run, moment):
     """Carry out a run in a fork that is killed when it opens or renames its moment-th file."""
     child = os.fork()

@@ -57,6 +57,10 @@ def test_a_varied_field_adds_runs_that_differ_in_it_alone(hopper_id, tmp_path, p
     # An LSTM has no candidate to vary: no run would differ from its base.
     names = [run.run_dir.name for run in plan(tmp_path, backbones=("lstm",), vary=vary)]
     assert names == ["lstm-s0", "lstm,tokens=interleaved-s0", "lstm,context=10-s0"]
+    # Behaviour cloning sees observations alone, and with other tokens it would be another method.
+    vary += ("return-noise=0,0.2", "burn-in=3", "learning-rate=1e-4", "best_fraction=0.1")
+    names = [run.run_dir.name for run in plan(tmp_path, backbones=("bc",), vary=vary)]
+    assert names == ["bc-s0", "bc,context=10-s0", "bc,learning-rate=1e-4-s0"]
 
 
 def test_values_of_every_kind_can_be_set_and_told_apart(hopper_id, tmp_path, plan):

@@ -50,6 +50,15 @@ def test_configuration_survives_its_json():
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+@pytest.mark.parametrize("part", [None, "model", "optimization"])
+def test_what_a_configuration_lacks_is_not_what_is_the_default_now(part):
+    values = quick().to_json()
+    name = {None: "held_out", "model": "width", "optimization": "return_noise"}[part]
+    del (values if part is None else values[part])[name]
+    with pytest.raises(ConfigError, match=f"not of this version: {name} is missing"):
+        TrainConfig.from_json(values)
+
+
 @pytest.mark.parametrize("preset", PRESETS.values())
 @pytest.mark.parametrize("backbone", MIXERS)
 def test_presets_suit_every_backbone(preset, backbone):

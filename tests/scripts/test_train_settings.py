@@ -94,7 +94,7 @@ def test_the_averaged_weights_are_those_that_are_saved(unusual):
 
 def test_a_run_acts_as_it_is_told(unusual):
     agent = DecisionAgent.load(unusual[0])
-    assert (agent.refresh_every, agent.context) == (3, 7)
+    assert (agent.refresh_every, agent.context) == (3, 7 + 5)  # window and burn-in
 
 
 def test_the_action_error_is_that_of_the_held_out_episodes(unusual, hopper_id):

@@ -75,7 +75,16 @@ def line(robot, config, checkpoint, step, target, score, refresh_every=None, epi
 def peer_writer(root):
     """Return what writes the run of an outside agent."""
 
-    def write(name, score, *, method="d3rlpy IQL", dataset="minrl/hopper/medium-v0", seed=0):
+    def write(
+        name,
+        score,
+        *,
+        method="d3rlpy IQL",
+        dataset="minrl/hopper/medium-v0",
+        seed=0,
+        steps=500,
+        data=None,
+    ):
         folder = root / dataset / name
         folder.mkdir(parents=True)
         found = evaluate(dataset.split("/")[1], None, score, 20_000 + seed).to_dict()
@@ -84,11 +93,12 @@ def peer_writer(root):
             "library": "d3rlpy 2.8.1",
             "dataset": [dataset],
             "seed": seed,
-            "steps": 500,
+            "data": data,
+            "steps": steps,
             "seconds": 12.5,
             "parameters": 1234,
             "note": "",
-            "evaluations": [{"checkpoint": "last", "step": 500, **found}],
+            "evaluations": [{"checkpoint": "last", "step": steps, **found}],
         }
         (folder / "peer.json").write_text(json.dumps(peer))
         return folder

@@ -290,6 +290,35 @@ def test_the_protocol_names_every_setting_in_which_methods_differ(write_run, tmp
     assert not unsaid & set(settings)
 
 
+def test_the_protocol_says_of_which_tasks_a_setting_is(write_run, tmp_path):
+    walker = "minrl/walker2d/medium-v0"
+    for backbone in ("mingru", "gru"):
+        write_run(f"{backbone}-s0", backbone=backbone, model={"width": 256})
+        write_run(f"{backbone}-s0", backbone=backbone, dataset=walker)
+    settings = make_report((tmp_path,), latency=False)["protocol"]["settings"]
+    assert settings["width"] == {"256": ["hopper medium"], "64": ["walker2d medium"]}
+    write_run("lstm-s0", backbone="lstm", dataset=walker, model={"width": 96})
+    settings = make_report((tmp_path,), latency=False)["protocol"]["settings"]
+    assert settings["width"] == {
+        "256": ["gru on hopper medium", "mingru on hopper medium"],
+        "64": ["gru on walker2d medium", "mingru on walker2d medium"],
+        "96": ["lstm"],
+    }
+
+
+def test_only_settings_of_the_preset_are_said_to_have_been_chosen(write_run, tmp_path):
+    write_run("mingru-s0", batch_size=64)
+    write_run("gru-s0", backbone="gru", batch_size=64)
+    write_run("gru,dropout=0.5-s0", backbone="gru", batch_size=64, model={"dropout": 0.5})
+    study = make_report((tmp_path,), latency=False)
+    assert study["protocol"]["chosen_on"] == {
+        "minGRU on Hopper medium-expert": ["learning rate", "weight decay", "dropout"],
+        "minGRU on Walker2d medium-expert": ["noise on the returns"],
+    }
+    page = make_markdown(study | {"made": ""}, {}, {})
+    assert "noise on the returns: chosen on minGRU on Walker2d" in page
+
+
 def test_what_scores_cost_is_drawn_with_the_names_of_the_methods(study):
     costly = json.loads(json.dumps(study))
     for cell in costly["cells"]:

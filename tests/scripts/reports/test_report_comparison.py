@@ -79,6 +79,13 @@ def test_differences_have_an_interval_where_each_task_has_two_pairs(write_run, t
     assert (cell.text, cell.below, cell.bold) == ("+5.0", "-122.1 to +132.1", False)
 
 
+def test_tasks_without_a_common_seed_are_named_beside_differences(rivals, write_run, tmp_path):
+    write_run("lstm-s0", constant(10.0), backbone="lstm", dataset=HOPPER)
+    write_run("lstm-s7", constant(10.0), backbone="lstm", dataset=WALKER, seed=7)
+    (note,) = difference_table(study_of(tmp_path)).notes
+    assert note.endswith("mingru and lstm have seeds in common on 1 of these tasks.")
+
+
 def test_methods_are_compared_over_the_tasks_that_all_have(rivals, write_run, tmp_path):
     for seed in (0, 1):
         write_run(f"lstm-s{seed}", constant(10.0), backbone="lstm", seed=seed)

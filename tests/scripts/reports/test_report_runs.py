@@ -255,6 +255,45 @@ def test_no_failed_run_makes_a_variant_the_usual(write_run, tmp_path, usual, usu
         assert run.method == expected, run.folder
 
 
+def test_a_variant_with_the_value_of_the_preset_is_still_the_variant(write_run, tmp_path):
+    for name, context, tokens in (
+        ("gru-s0", 50, "joint"),
+        ("gru,context=20-s0", 20, "joint"),
+        ("gru,tokens=interleaved-s0", 50, "interleaved"),
+    ):
+        write_run(name, backbone="gru", context=context, model={"tokens": tokens})
+    assert names(tmp_path)[0] == {
+        "gru-s0": "gru",
+        "gru,context=20-s0": "gru, context=20",
+        "gru,tokens=interleaved-s0": "gru, tokens=interleaved",
+    }
+
+
+def test_an_outside_agent_of_another_budget_is_another_method(write_peer, tmp_path):
+    write_peer("iql-s0", 61.0)
+    write_peer("short-s0", 20.0, steps=20)
+    write_peer("bc-s0", 40.0, method="d3rlpy BC")
+    assert names(tmp_path)[0] == {
+        "bc-s0": "d3rlpy BC",
+        "iql-s0": "d3rlpy IQL, 500 steps",
+        "short-s0": "d3rlpy IQL, 20 steps",
+    }
+
+
+def test_runs_of_a_task_that_were_trained_on_other_data_are_no_secret(
+    write_run, write_peer, tmp_path
+):
+    write_run("hopper-s0")
+    write_peer("iql-s0", 61.0, data="b")
+    runs, _ = find_runs([tmp_path])
+    around = dict.fromkeys(("latency", "machine", "minrl", "made"), "")
+    for digest in ("a", "b"):
+        runs[0].data = digest
+        study = summarise(runs, name_methods(runs), []) | around
+        page = make_markdown(study, {}, {})
+        assert ("Not all runs of hopper medium were" in page) == (digest == "a")
+
+
 def test_what_all_runs_of_a_task_have_is_usual_there(write_run, tmp_path):
     write_run("mingru-s0", context=30)
     write_run("mingru-s0", dataset=OTHER, context=40)
