@@ -3,9 +3,9 @@
     python -m minrl.scripts.memory_study
 
 trains `scripts/examples/ppo_recurrent.py` with each core and seed on each task, one CSV a run, then
-writes `memory.json` and `memory.png` and prints tables. Runs whose CSV is complete are not
-repeated: stop it and start it again as you like. The POPGym tasks need `pip install popgym`; they
-are left out, and named, where it is missing.
+writes `memory.json` and `memory.png` and prints tables. Runs that are complete, with the settings
+that they would have now, are not repeated: stop it and start it again as you like. The POPGym tasks
+need `pip install popgym`; they are left out, and named, where it is missing.
 """
 
 import csv
@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class Study:
     """Folder of memory.json and memory.png."""
     processes: int = 2
     report_only: bool = False
-    """Train nothing: report what is there."""
+    """Train nothing and time no updates: report what is there."""
 
 
 def curve_of(path: Path) -> list[dict[str, float]]:
@@ -150,9 +150,22 @@ def curve_of(path: Path) -> list[dict[str, float]]:
 
 
 def is_complete(config: Config) -> bool:
-    """Say whether a run has reached its last step."""
-    rows = curve_of(config.output)
-    return bool(rows) and rows[-1]["steps"] >= config.total_steps
+    """Say whether a run with these settings has reached its last step."""
+    rows, settings = curve_of(config.output), settings_file_of(config)
+    is_of_these = settings.exists() and json.loads(settings.read_text()) == settings_of(config)
+    return is_of_these and bool(rows) and rows[-1]["steps"] >= config.total_steps
+
+
+def settings_file_of(config: Config) -> Path:
+    """Return what holds the settings of a run, beside its curve."""
+    return config.output.with_suffix(".json")
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return what decides a run's result, as JSON has it."""
+    settings = asdict(config)
+    del settings["output"]
+    return json.loads(json.dumps(settings))
 
 
 def configs_of(study: Study) -> dict[tuple[str, str, int], Config]:
@@ -174,6 +187,8 @@ def configs_of(study: Study) -> dict[tuple[str, str, int], Config]:
 def run(config: Config) -> str:
     """Train once, on one thread."""
     torch.set_num_threads(1)
+    config.output.unlink(missing_ok=True)  # of other settings: it must not pass for one of these
+    settings_file_of(config).write_text(json.dumps(settings_of(config)) + "\n")
     last = train(config)[-1]
     return f"{config.output.stem}: {last['episodic_return']:.3g} after {last['seconds']:.0f} s"
 
@@ -320,10 +335,15 @@ def report(study: Study) -> None:
             task: {core: summary_of(seeds) for core, seeds in cores.items()}
             for task, cores in curves.items()
         },
-        "update": measure_updates(),
+        "settings": {task: settings_of(TASKS[task].config) for task in curves},
     }
+    file = study.results / "memory.json"
+    if study.report_only and file.exists():
+        result["update"] = json.loads(file.read_text())["update"]
+    else:
+        result["update"] = measure_updates()
     study.results.mkdir(parents=True, exist_ok=True)
-    (study.results / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
     if curves:
         draw(curves, study.results / "memory.png")
     print_tables(result)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 
@@ -18,7 +19,8 @@ def interface_of(library: str, *, install: str, known: str) -> Iterator[None]:
         known: The versions that are known to work, for the message.
 
     Raises:
-        AdapterError: If it is not installed, or its interface is another one.
+        AdapterError: If it is not installed, or not all that it needs, or its interface is another
+            one.
     """
     try:
         yield
@@ -27,9 +29,18 @@ def interface_of(library: str, *, install: str, known: str) -> Iterator[None]:
             version = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             raise AdapterError(f"{library} is not installed: {install}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name and not _is_installed(error.name):
+            raise AdapterError(
+                f"{library} {version} is not installed whole ({error}): {install}"
+            ) from error
         raise AdapterError(
             f"minrl cannot plug into {library} {version} ({error}); versions known to work: {known}"
         ) from error
+
+
+def _is_installed(module: str) -> bool:
+    """Return whether there is the package that a module is in."""
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def check_call(function: Callable, *arguments: object, **keywords: object) -> None:

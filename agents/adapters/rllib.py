@@ -4,7 +4,12 @@
     config = PPOConfig().environment("CartPole-v1").rl_module(
         rl_module_spec=RLModuleSpec(
             module_class=MinimalRecurrentModule,
-            model_config={"core": "mingru", "hidden_size": 128, "max_seq_len": 64},
+            model_config={
+                "core": "mingru",
+                "core_options": {"memory": 200},
+                "hidden_size": 128,
+                "max_seq_len": 64,
+            },
         )
     )
 
@@ -47,6 +52,7 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
     * ``core``: "mingru" (the default) or "minlstm";
     * ``hidden_size``: width of the core and of the layers around it, H, by default 128;
     * ``num_layers``: of the core, L, by default 1;
+    * ``core_options``: more of its arguments, such as ``{"memory": 200}``;
 
     and RLlib reads ``max_seq_len``, the steps T of a row, which it wants of every recurrent module.
     """
@@ -56,6 +62,7 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
 
         Raises:
             ValueError: If the observations are not a one-dimensional Box, or ``core`` is unknown.
+            TypeError: If the core has no such option.
         """
         space = self.observation_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -70,7 +77,8 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
         layers = self.model_config.get("num_layers", 1)
         outputs = self.get_train_action_dist_cls().required_input_dim(space=self.action_space)
         self.encoder = nn.Sequential(nn.Linear(space.shape[0], width), nn.ReLU())
-        self.core = CELLS[core](width, width, layers, batch_first=True)
+        options = self.model_config.get("core_options", {})
+        self.core = CELLS[core](width, width, layers, batch_first=True, **options)
         self.policy_head = _head(width, outputs)
         self.value_head = _head(width, 1)
 

@@ -49,9 +49,11 @@ class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
         action_shape: Of the output; its size is A.
         hidden_layer_size: Width of the core and of the layers around it, H.
         core: "mingru" or "minlstm".
+        **options: More arguments of the core, such as ``memory``.
 
     Raises:
         ValueError: If ``core`` is neither.
+        TypeError: If the core has no such option.
     """
 
     def __init__(
@@ -62,13 +64,14 @@ class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
         action_shape: int | Sequence[int],
         hidden_layer_size: int = 128,
         core: str = "mingru",
+        **options: Any,
     ):
         super().__init__(int(np.prod(action_shape)))
         if core not in CELLS:
             raise ValueError(f"core must be one of {sorted(CELLS)}, not {core!r}")
         width = hidden_layer_size
         self.encoder = nn.Sequential(nn.Linear(int(np.prod(state_shape)), width), nn.ReLU())
-        self.core = CELLS[core](width, width, layer_num, batch_first=True)
+        self.core = CELLS[core](width, width, layer_num, batch_first=True, **options)
         # The core's output is a weighted sum of its inputs: what differences of them mean, for
         # example a velocity, takes one more layer.
         self.head = nn.Sequential(

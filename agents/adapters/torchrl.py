@@ -15,7 +15,8 @@ The bare cell works inside TorchRL's own modules too, with ``recurrent_backend="
     LSTMModule(lstm=MinLSTM(F, H, batch_first=True, return_cell=True), in_key=..., out_key=...)
 
 ``"scan"`` and ``"triton"`` do not work there, nor does ``"auto"`` under ``torch.compile``, where it
-means "scan": they read the weights of an ``nn.GRU`` or ``nn.LSTM``, recurrent ones among them.
+means "scan": they read the weights of an ``nn.GRU`` or ``nn.LSTM``, recurrent ones among them. And
+a learned initial state is not looked at there, since they pass zeros: that is for the modules here.
 """
 
 import torch
@@ -34,6 +35,13 @@ with interface_of("torchrl", install="pip install torchrl", known="0.14"):
     from torchrl.modules import GRUModule, recurrent_mode
 
     DEFAULT_STATE_KEYS = (GRUModule.DEFAULT_IN_KEYS, GRUModule.DEFAULT_OUT_KEYS)
+
+
+# Of TorchRL's modules, how they compute; here there is one way, the scan.
+BACKEND_OPTIONS = (
+    *("python_based", "recurrent_backend", "recurrent_compute_dtype", "recurrent_recompute"),
+    "recurrent_matmul_precision",
+)
 
 
 class _RecurrentModule(TensorDictModuleBase):
@@ -107,7 +115,8 @@ class _RecurrentModule(TensorDictModuleBase):
         sequences, time being the last batch dimension. There the state is read where a sequence
         starts, at the first step and where ``is_init`` is set, as TorchRL's modules do: the state
         stored at these steps, or the initial state if that is zero or there is none. What is
-        written is the state after the last step, at the last step, and zeros before it.
+        written is the state after the last step, at the last step, and zeros before it (TorchRL's
+        modules also write it where an episode ends before that).
 
         Raises:
             ValueError: In recurrent mode, if there is no time dimension.
@@ -206,7 +215,7 @@ class _CellModule(_RecurrentModule):
         default_recurrent_mode: bool | None = None,
         **options,
     ):
-        for name in ("python_based", "recurrent_backend"):  # there is one way, and it is the scan
+        for name in BACKEND_OPTIONS:
             options.pop(name, None)
         core = options.pop(self.core_name, None)
         if core is None:
@@ -261,7 +270,7 @@ class MinGRUModule(_CellModule):
         default_recurrent_mode: Whether inputs are sequences outside ``set_recurrent_mode``.
         **options: ``gru``, a core to use instead of building one; or ``device``, ``dtype``,
             ``candidate``, ``memory`` and ``learn_initial_state`` of the one that is built;
-            ``python_based`` and ``recurrent_backend`` change nothing.
+            ``python_based`` and what TorchRL calls ``recurrent_...`` change nothing.
 
     Raises:
         ValueError: If the core is another cell or has ``batch_first=False``, or keys do not fit.

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from minrl.agents.backbones.attention import AttentionMixer
 from minrl.agents.backbones.baselines import GilrLSTMMixer, TorchMixer
@@ -21,7 +22,7 @@ from minrl.agents.backbones.convolution import CausalConvolution
 from minrl.agents.backbones.dropout import Dropout
 from minrl.agents.backbones.mamba import MambaMixer
 from minrl.agents.backbones.mixers import ALL, RecurrentMixer, State
-from minrl.agents.backbones.scan import flags_of_step
+from minrl.agents.backbones.scan import check_flags, flags_of_step
 
 # What makes the mixer of a block, given its width; "mlp" has blocks without one.
 MIXERS = {
@@ -109,8 +110,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """A stack of residual blocks with one explicit state: the drop-in for other people's models.
 
-    Called as the cells are, but for the state, which is a tuple that nobody has to look into:
-    ``reset_state`` starts sequences anew in it.
+    Called as the cells are, with ``state`` for ``hx``: a tuple that nobody has to look into, in
+    which ``reset_state`` starts sequences anew. It takes no ``PackedSequence``.
 
     Args:
         width: D, features in and out.
@@ -193,13 +194,19 @@ class Backbone(nn.Module):
             The output of these steps, shaped like x, and the state after the last valid step.
 
         Raises:
-            ValueError: If x has another number of axes, or of features, or the state is of another
-                backbone.
+            TypeError: If x is packed.
+            ValueError: If x has another number of axes, or of features, flags are not bool or have
+                another shape, or the state is of another backbone.
         """
+        if isinstance(x, PackedSequence):
+            raise TypeError("Backbone takes no PackedSequence: pad it, and pass a mask")
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"Backbone: Expected input of (B, T, {self.input_size}), got {tuple(x.shape)}"
             )
+        for name, flags in (("resets", resets), ("mask", mask)):
+            if flags is not None:
+                check_flags(name, flags, x.shape[:-1])
         if x.dim() == 2:
             x, resets, mask = (y if y is None else y.unsqueeze(0) for y in (x, resets, mask))
             y, state = self._run(x, state, resets, mask, outputs)

@@ -48,14 +48,23 @@ class _MinimalRNN(nn.Module):
         memory: float | None = None,
     ):
         super().__init__()
-        if bidirectional or proj_size:
-            name = "bidirectional" if bidirectional else "proj_size"
-            raise ValueError(f"{type(self).__name__} acts online, step by step: no {name}")
+        if bidirectional:
+            raise ValueError(f"{type(self).__name__} acts online, step by step: no bidirectional")
+        if proj_size:
+            raise ValueError(f"{type(self).__name__} projects nothing: no {proj_size=}")
         if candidate not in CANDIDATES:
             raise ValueError(f"candidate must be one of {sorted(CANDIDATES)}, not {candidate!r}")
         if memory is not None:
             check_memory(memory, bias)
-        check_construction(input_size, hidden_size, num_layers, dropout)
+        check_construction(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            stacklevel=3 if type(self).__init__ is _MinimalRNN.__init__ else 4,
+        )
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = False, 0
@@ -151,8 +160,8 @@ class _MinimalRNN(nn.Module):
             (num_layers, B, H), in float32 or wider so that a split sequence loses nothing.
 
         Raises:
-            RuntimeError, ValueError: If a shape or type does not fit, in the words of ``nn.GRU``
-                (of ``nn.LSTM`` for a pair).
+            RuntimeError, ValueError: If a shape, type or device does not fit, in the words of
+                ``nn.GRU`` (of ``nn.LSTM`` for a pair).
             TypeError: If a pair (h, c) is passed where there is one state, or the other way round.
         """
         hx = self._single(hx)
@@ -196,7 +205,14 @@ class _MinimalRNN(nn.Module):
                 else f"{type(self).__name__} has one state, not (h, c); where a caller insists on "
                 "two, use MinLSTM(..., return_cell=True)"
             )
-        return state[0] if self.return_cell and state is not None else state
+        if not self.return_cell or state is None:
+            return state
+        if len(state) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        h, c = state
+        if c.shape != h.shape:
+            raise RuntimeError(f"Expected hidden[1] size {tuple(h.shape)}, got {list(c.shape)}")
+        return h
 
     def _paired(self, state: Tensor) -> State:
         return (state, state) if self.return_cell else state
@@ -225,7 +241,8 @@ class _MinimalRNN(nn.Module):
         check_input(x, self.weight_ih_l0)
         batch = x.shape[0 if batch_first else 1]  # B T F or T B F
         first = self._first_state(batch) if hx is None else hx
-        check_state(first, (self.num_layers, batch, self.hidden_size), self.return_cell)
+        name = "hidden[0]" if self.return_cell else "hidden"
+        check_state(first, (self.num_layers, batch, self.hidden_size), x, name)
         if mask is not None:  # not a product: 0 * NaN is NaN in the backward pass
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         last = []

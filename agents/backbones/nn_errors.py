@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 
-def check_construction(input_size: int, hidden_size: int, num_layers: int, dropout: float) -> None:
-    """Refuse sizes that no layer has; warn where dropout has no place to be."""
+def check_construction(
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    *,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    stacklevel: int,
+) -> None:
+    """Refuse sizes that no layer has; warn, at ``stacklevel``, where dropout has no place to be."""
+    for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
     sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
     for name, size in sizes.items():
         if not isinstance(size, int):
@@ -23,7 +35,7 @@ def check_construction(input_size: int, hidden_size: int, num_layers: int, dropo
         warnings.warn(
             "dropout option adds dropout after all but last recurrent layer, so non-zero "
             f"dropout expects num_layers greater than 1, but got {dropout=} and {num_layers=}",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
@@ -61,8 +73,14 @@ def check_input(input: Tensor, weight: Tensor) -> None:
         )
 
 
-def check_state(state: Tensor, expected: tuple[int, int, int], returns_pairs: bool) -> None:
-    """Refuse a state of another shape than (num_layers, B, H)."""
+def check_state(
+    state: Tensor, expected: tuple[int, int, int], input: Tensor, name: str = "hidden"
+) -> None:
+    """Refuse a state of another shape than (num_layers, B, H), or on another device."""
     if state.shape != expected:
-        name = "hidden[0]" if returns_pairs else "hidden"
         raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+    if state.device != input.device:
+        raise RuntimeError(
+            "Input and hidden tensors are not at the same device, found input tensor at "
+            f"{input.device} and hidden tensor at {state.device}"
+        )

@@ -25,9 +25,9 @@ def study(monkeypatch, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, capsys):
+def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, monkeypatch, capsys):
     main(study)
-    curves = sorted(study.runs.iterdir())
+    curves = sorted(study.runs.glob("*.csv"))
     assert [path.stem for path in curves] == [
         f"recall-2-{core}-{seed}" for core in ("lstm", "mingru") for seed in (0, 1)
     ]
@@ -47,13 +47,27 @@ def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, capsys)
     assert curves[0].read_text() == complete
     assert len(curve_of(curves[2])) == 2
 
+    # What was trained with other settings does not pass for what would be trained now.
+    task = memory_study.TASKS["recall-2"]
+    monkeypatch.setitem(
+        memory_study.TASKS,
+        "recall-2",
+        replace(task, config=replace(task.config, learning_rate=1.0)),
+    )
+    main(replace(study, report_only=True))
+    assert json.loads((study.results / "memory.json").read_text())["tasks"] == {}
+    main(study)
+    assert capsys.readouterr().out.count("recall-2-") == 4
+
 
 @pytest.mark.integration
 def test_finished_runs_are_reported_whatever_is_installed_now(study, monkeypatch, capsys):
     main(study)
-    task = memory_study.TASKS["recall-2"]
-    popgym = replace(task, config=replace(task.config, environment="popgym:of-another-machine-v0"))
+    name, task = "popgym:of-another-machine-v0", memory_study.TASKS["recall-2"]
+    popgym = replace(task, config=replace(task.config, environment=name))
     monkeypatch.setattr(memory_study, "TASKS", {"recall-2": popgym})
+    for path in study.runs.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"environment": name}))
     monkeypatch.setattr(memory_study.importlib.util, "find_spec", lambda name: None)
     for again in (study, replace(study, report_only=True)):
         (study.results / "memory.json").unlink()

@@ -12,6 +12,15 @@ def test_a_missing_library_is_named_with_what_installs_it():
         importlib.import_module("no_such_library")
 
 
+def test_a_package_that_the_library_lacks_is_named_with_what_installs_it():
+    known = interface_of("torch", install="pip install torch[whole]", known="2")
+    with (
+        pytest.raises(AdapterError, match=r"not installed whole .*: pip install torch\[whole"),
+        known,
+    ):
+        importlib.import_module("no_such_library.part")
+
+
 @pytest.mark.parametrize(
     "look",
     [

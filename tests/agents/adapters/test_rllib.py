@@ -130,6 +130,12 @@ def test_continuous_actions_get_a_mean_and_a_deviation():
     assert sample.shape == (3, 6, 2)
 
 
+def test_a_core_is_given_what_it_begins_with():
+    assert make_module("minlstm", core_options={"memory": 200}).core.memory == 200
+    with pytest.raises(TypeError, match="no_such_option"):
+        make_module(core_options={"no_such_option": 1})
+
+
 def test_unknown_core_and_image_observations_are_refused():
     with pytest.raises(ValueError, match="core must be one of"):
         make_module("gru")

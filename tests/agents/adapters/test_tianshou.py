@@ -41,6 +41,12 @@ def make_dqn(network, **options):
     return DQN(policy=policy, optim=AdamOptimizerFactory(lr=1e-3), **options)
 
 
+def test_a_core_is_given_what_it_begins_with():
+    assert make_network("minlstm", memory=200).core.memory == 200
+    with pytest.raises(TypeError, match="no_such_option"):
+        make_network(no_such_option=1)
+
+
 @CORES
 def test_shapes_are_those_of_the_librarys_lstm(core):
     theirs = Recurrent(

@@ -1,12 +1,15 @@
 """One tester for every backbone: what design.md promises of the state protocol."""
 
+import copy
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_sequence
 
 from minrl.agents.backbones.blocks import MIXERS, Backbone
 
@@ -247,6 +250,40 @@ def test_other_layouts_are_the_same_sequences(kind):
 def test_an_input_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=f"Expected input of .B, T, {WIDTH}."):
         Backbone(WIDTH)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("options", [{"convolution": 4}, {"backbone": "gru"}, {}], ids=str)
+@pytest.mark.parametrize("name", ["resets", "mask"])
+def test_flags_that_do_not_fit_are_refused_by_name(name, options):
+    backbone, x = Backbone(WIDTH, 1, **options), torch.zeros(4, 7, WIDTH)
+    for flags in (torch.zeros(4, 7), torch.zeros(4, 9).bool(), np.zeros((4, 7), bool)):
+        with pytest.raises(ValueError, match=rf"{name} must be bool of \(4, 7\)"):
+            backbone(x, **{name: flags})
+    backbone.batch_first = False
+    with pytest.raises(ValueError, match=rf"{name} must be bool of \(4, 7\)"):
+        backbone(x, **{name: torch.zeros(7, 4).bool()})
+
+
+def test_a_packed_sequence_is_refused():
+    with pytest.raises(TypeError, match="takes no PackedSequence: pad it"):
+        Backbone(WIDTH)(pack_sequence([torch.zeros(3, WIDTH)]))
+
+
+@pytest.mark.parametrize("kind", ["mingru", "minlstm", "mingru-convolution"])
+def test_ours_compiled_copied_and_in_half_types(kind):
+    torch.compiler.reset()
+    backbone = make(kind).float()
+    x, resets, mask = make_inputs()
+    state = tuple(part.detach() for part in backbone.initial_state(3))
+    arguments = {"state": state, "resets": resets, "mask": mask}
+    expected = backbone(x.float(), **arguments)
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.float(), **arguments), expected)
+    torch.testing.assert_close(copy.deepcopy(backbone)(x.float(), **arguments), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = backbone(x.float(), **arguments)
+    torch.testing.assert_close(output, expected[0], atol=0.1, rtol=0.1)
+    assert {part.dtype for part in state} <= {torch.float32, torch.bfloat16}
 
 
 def test_unknown_backbones_and_states_of_others_are_refused():

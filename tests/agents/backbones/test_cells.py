@@ -226,6 +226,12 @@ def test_autocast_trains_with_a_float32_state(make):
 def test_memory_spreads_what_the_channels_remember(make):
     """With no input, an impulse in the state decays by 1 - 1/T a step, T from 2 to ``memory``."""
     cell = make(3, 6, candidate="identity", memory=200)
+    for name, parameter in cell.named_parameters():  # as ppo_atari_lstm.py of CleanRL does
+        if "bias" in name:
+            nn.init.constant_(parameter, 0)
+        elif "weight" in name:
+            nn.init.orthogonal_(parameter, 1.0)
+    cell.reset_parameters()
     with torch.no_grad():
         cell.bias_ih_l0[-6:] = 0  # nothing enters
     output, _ = cell(torch.zeros(40, 3), torch.ones(1, 6))

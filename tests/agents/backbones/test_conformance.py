@@ -33,6 +33,11 @@ def draw_state(make, *shape):
     return (draw(*shape), draw(*shape)) if pair else draw(*shape)
 
 
+def on_meta(state):
+    """Return a state on another device than the CPU."""
+    return state.to("meta") if isinstance(state, torch.Tensor) else tuple(map(on_meta, state))
+
+
 def draw_packed(*lengths, in_order=False):
     return pack_sequence([draw(length, 3) for length in lengths], enforce_sorted=in_order)
 
@@ -89,11 +94,14 @@ MISTAKES = {
     "state's width": lambda make: make(3, 5)(draw(7, 4, 3), draw_state(make, 1, 4, 6)),
     "state unbatched": lambda make: make(3, 5)(draw(7, 4, 3), draw_state(make, 1, 5)),
     "state batched": lambda make: make(3, 5)(draw(7, 3), draw_state(make, 1, 4, 5)),
+    "state elsewhere": lambda make: make(3, 5)(draw(7, 4, 3), on_meta(draw_state(make, 1, 4, 5))),
     "float64 input": lambda make: make(3, 5)(draw(7, 4, 3).double()),
     "integer input": lambda make: make(3, 5)(torch.ones(7, 4, 3, dtype=torch.int64)),
     "no hidden features": lambda make: make(3, 0),
     "no input features": lambda make: make(0, 5),
     "no layers": lambda make: make(3, 5, 0),
+    "dropout for bias": lambda make: make(3, 5, 2, 0.1),
+    "batch_first a number": lambda make: make(3, 5, 2, True, 1),
     "broken hidden size": lambda make: make(3, 5.0),
     "dropout above 1": lambda make: make(3, 5, 2, dropout=2),
     "dropout a bool": lambda make: make(3, 5, 2, dropout=True),
@@ -159,6 +167,26 @@ def test_a_state_that_is_not_single_or_paired_is_refused(make):
         cell(draw(7, 4, 3), wrong)
     with pytest.raises(TypeError, match="return_cell"):
         cell.step(draw(4, 3), wrong)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [(draw(1, 9, 5),), (draw(4, 5),), (draw(1, 4, 5),) * 2],
+    ids=["shape", "axes", "third"],
+)
+def test_a_second_state_that_does_not_fit_is_refused_as_nn_lstm_does(second):
+    for cell in (nn.LSTM(3, 5), MinLSTM(3, 5, return_cell=True)):
+        with pytest.raises(RuntimeError, match=r"hidden\[1\] size|should also be|expects two"):
+            cell(draw(7, 4, 3), (draw(1, 4, 5), *second))
+    with pytest.raises(RuntimeError, match="expects two hidden states"):
+        MinLSTM(3, 5, return_cell=True)(draw(7, 4, 3), (draw(1, 4, 5),))
+
+
+def test_the_warning_of_dropout_points_at_its_caller():
+    for make in (MinGRU, MinLSTM):
+        with pytest.warns(UserWarning, match="dropout option") as caught:
+            make(3, 5, dropout=0.5)
+        assert caught[0].filename == __file__
 
 
 def test_a_pair_is_the_single_state_twice():
