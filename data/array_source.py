@@ -10,6 +10,7 @@ import numpy as np
 
 from minrl.data.columns import Columns, count_rows, fit, fit_flags, write_columns
 from minrl.data.dataset_ids import check_id
+from minrl.data.hdf5_guard import bytes_allowed
 from minrl.data.minari_writer import DatasetCard
 from minrl.data.validate import OnBadEpisode
 from minrl.errors import DatasetError
@@ -47,10 +48,15 @@ def _read(path: Path, card: DatasetCard) -> Columns:
     if not zipfile.is_zipfile(path):  # numpy would read one array, or look for a pickle
         raise DatasetError(f"{path} is not an .npz file")
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > bytes_allowed(path.stat().st_size):
+            raise DatasetError(f"{path} would unpack to {unpacked / 2**30:.1f} GiB: refused")
         with np.load(path, allow_pickle=False) as file:
             names = file.files
             given = {name: file[name] for name in Columns._fields if name in names}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    # RuntimeError: encrypted, or packed in a way that Python cannot unpack
+    except (OSError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         hint = "; make them arrays of numbers" if "Object arrays" in str(error) else ""
         raise DatasetError(f"{path} cannot be read as an .npz file: {error}{hint}") from error
     for name in Columns._fields:
@@ -58,6 +64,8 @@ def _read(path: Path, card: DatasetCard) -> Columns:
             hint = f" ({name} are Gymnasium's {_GYMNASIUM[name]})" if name in _GYMNASIUM else ""
             there = ", ".join(names) or "none at all"
             raise DatasetError(f"{path} has no array {name!r}{hint}; it has {there}")
+        if not isinstance(given.get(name, np.empty(0)), np.ndarray):  # NumPy gives bytes
+            raise DatasetError(f"{path}: {name} is no array")
     if given["rewards"].ndim == 2 and given["rewards"].shape[1] > 1:
         raise DatasetError(
             f"{path}: rewards have shape {given['rewards'].shape}; arrays are flat, one step after "

@@ -52,11 +52,10 @@ def _probe(dataset_id: str) -> None:
     if kind != "hf":
         return
     failures: list[Exception] = []
+    from huggingface_hub import HfApi  # here: the time that it takes is not the server's
 
     def ask() -> None:
         try:
-            from huggingface_hub import HfApi
-
             repository = f"{owner}/{dataset_id.partition('/')[0]}"
             HfApi().dataset_info(repository, timeout=_REQUEST_SECONDS)
         except Exception as error:  # reported by the caller's thread

@@ -211,13 +211,21 @@ def offsets_from_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 def concatenate(parts: Sequence[Episodes]) -> Episodes:
     """Join datasets of one environment into a union, in the order given.
 
-    Action bounds become the widest of all; the digest is that of the joined digests.
+    Action bounds become the widest of all, reference scores those of the parts that have any; the
+    digest is that of the joined digests.
 
     Raises:
         DatasetError: If sizes, environments or reference scores differ.
     """
     infos = [part.info for part in parts]
-    for field in ("environment_id", "observation_size", "reference_min", "reference_max"):
+    references = {info.references: info.dataset_id for info in infos if info.references}
+    if len(references) > 1:
+        found = ", ".join(f"{name}: {low:g} {high:g}" for (low, high), name in references.items())
+        raise DatasetError(
+            f"datasets of a union must have the same reference scores, got {found}; import your "
+            "own again with those of the other (--reference-scores)"
+        )
+    for field in ("environment_id", "observation_size"):
         values = {getattr(info, field) for info in infos}
         if len(values) > 1:
             found = ", ".join(f"{info.dataset_id}: {getattr(info, field)}" for info in infos)
@@ -227,11 +235,14 @@ def concatenate(parts: Sequence[Episodes]) -> Episodes:
         raise DatasetError(f"datasets of a union must have the same action size, got {sizes}")
     if len(parts) == 1:
         return parts[0]
+    lowest, highest = next(iter(references), (None, None))
     info = replace(
         infos[0],
         dataset_id="+".join(info.dataset_id for info in infos),
         action_low=tuple(np.min([info.action_low for info in infos], axis=0).tolist()),
         action_high=tuple(np.max([info.action_high for info in infos], axis=0).tolist()),
+        reference_min=lowest,
+        reference_max=highest,
         score_note="; ".join(dict.fromkeys(info.score_note for info in infos)),
         sha256=hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest(),
     )

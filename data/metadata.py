@@ -98,7 +98,7 @@ def check_reference_scores(low: float, high: float) -> None:
     """
     if not low < high or not math.isfinite(high - low):
         raise ValueError(
-            f"ref_min_score {low:g} must be below ref_max_score {high:g}, and both be finite"
+            f"reference scores must be finite, the lower first, not {low:g} and {high:g}"
         )
 
 

@@ -125,7 +125,7 @@ def check_extras() -> tuple[str, str]:
             present |= {name: version for name, version in versions.items() if version}
             absent += [extra] if None in versions.values() else []
     listed = ", ".join(f"{name} {present[name]}" for name in sorted(present)) or "none"
-    return "ok", f"{listed}; not whole: {', '.join(absent) or 'none'}"
+    return "ok", f"{listed}; extras not installed whole: {', '.join(absent) or 'none'}"
 
 
 def check_processor() -> tuple[str, str]:

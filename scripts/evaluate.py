@@ -62,8 +62,12 @@ class EvaluateConfig:
             raise ConfigError(f"checkpoint must be one of {allowed}, not {self.checkpoint!r}")
         if self.episodes < 1:
             raise ConfigError(f"episodes must be at least 1, not {self.episodes}")
-        if self.refresh_every is not None and self.refresh_every < 0:
-            raise ConfigError(f"refresh-every must be at least 0, not {self.refresh_every}")
+        for name, least in (("seed", 0), ("num_envs", 1), ("num_workers", 0), ("refresh_every", 0)):
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise ConfigError(f"{name.replace('_', '-')} must be at least {least}, not {given}")
+        if not self.timeout > 0:
+            raise ConfigError(f"timeout must be above 0 seconds, not {self.timeout}")
 
 
 def evaluate_command(run: Path, /, config: EvaluateConfig, video: Path | None = None) -> None:
@@ -99,6 +103,8 @@ def evaluate_run(run: Path | str, config: EvaluateConfig = EvaluateConfig()) -> 
     folder = RunFolder(run)
     trained = folder.read_config()
     targets = config.targets or trained.targets
+    if not targets:
+        raise ConfigError(f"{run} does not say what it was asked for: give --targets")
     seed = trained.final_seed if config.seed is None else config.seed
     names = ("last", "best") if config.checkpoint == "both" else (config.checkpoint,)
     agents = {name: load_agent(run, name, config) for name in names}
@@ -124,7 +130,8 @@ def evaluate_run(run: Path | str, config: EvaluateConfig = EvaluateConfig()) -> 
     agent, environment_id = agents[names[0]]
     scale = "no reference scores are known"
     if evaluations[0].normalized is not None:
-        scale = f"score in percent: {agent.info['dataset']['score_note']}"
+        note = agent.info["dataset"].get("score_note") or "the data does not say of what"
+        scale = f"score in percent: {note}"
     print(f"{config.episodes} episodes each in {environment_id}, seed {seed}; {scale}")
     return evaluations
 

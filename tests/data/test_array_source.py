@@ -1,3 +1,5 @@
+import zipfile
+
 import gymnasium
 import minari
 import numpy as np
@@ -125,7 +127,7 @@ def test_what_is_wrong_is_named(save, changes, message):
 
 @pytest.mark.parametrize("scores", [(5.0, 5.0), (5.0, 4.0), (float("nan"), 5.0)])
 def test_reference_scores_that_are_no_scale_are_refused(save, scores):
-    with pytest.raises(DatasetError, match=r"must be below ref_max_score .*, and both be finite"):
+    with pytest.raises(DatasetError, match="reference scores must be finite, the lower first"):
         import_arrays_command(
             save(), id="test/arrays/wrong-v0", reference_scores=scores, **PENDULUM
         )
@@ -179,7 +181,16 @@ def test_what_is_no_npz_file_is_refused(tmp_path, save):
     content = bytearray(damaged.read_bytes())
     content[200:400] = bytes(200)
     damaged.write_bytes(content)
-    for path in (text, single, cut, damaged, tmp_path):
+    encrypted = bytearray(save().read_bytes())
+    for at in (encrypted.index(b"PK\x03\x04") + 6, encrypted.index(b"PK\x01\x02") + 8):
+        encrypted[at] |= 1
+    locked, text_inside, bomb = (tmp_path / f"{name}.npz" for name in ("locked", "inside", "bomb"))
+    locked.write_bytes(encrypted)
+    with zipfile.ZipFile(save()) as source, zipfile.ZipFile(text_inside, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, b"no array" if name == "rewards.npy" else source.read(name))
+    np.savez_compressed(bomb, **make_arrays(), more=np.zeros(10**8, np.uint8))
+    for path in (text, single, cut, damaged, locked, text_inside, bomb, tmp_path):
         with pytest.raises(DatasetError, match=path.name):
             import_arrays_command(path, id="test/arrays/wrong-v0", **PENDULUM)
     for path in (tmp_path, tmp_path / "missing.npz"):

@@ -171,6 +171,18 @@ def test_a_flag_that_is_not_a_number_is_no_end(root, tmp_path, name):
         load_file(tmp_path / "hopper_medium-v2.hdf5", arrays)
 
 
+def test_bad_episodes_can_be_left_out(root, tmp_path):
+    arrays = columns(10)
+    arrays["timeouts"][[3, 6, 9]] = True
+    arrays["rewards"][5] = np.nan
+    path = tmp_path / "hopper_medium-v2.hdf5"
+    with pytest.raises(DatasetError, match="episode 1"):
+        load_file(path, arrays)
+    with pytest.warns(UserWarning, match="dropped"):
+        episodes = load_file(path, arrays, on_bad_episode="drop")
+    assert episodes.lengths.tolist() == [4, 3]
+
+
 def test_pickles_and_other_files_are_refused(root, tmp_path):
     for name in ("hopper-medium-v2.pkl", "hopper-medium-v2.pickle"):
         with pytest.raises(DatasetError, match="is a pickle, which can run any code"):

@@ -147,10 +147,25 @@ def test_union_equals_all_episodes_in_a_row(make_episodes, info):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("environment_id", "Walker2d-v5"), ("observation_size", 17), ("reference_max", 1.0)],
+    [("environment_id", "Walker2d-v5"), ("observation_size", 17)],
 )
 def test_union_of_unlike_datasets_is_refused(make_episodes, info, field, value):
     part = Episodes.from_episodes(make_episodes([2]), info)
     other = replace(part, info=replace(info, dataset_id="other-v0", **{field: value}))
     with pytest.raises(DatasetError, match=f"same {field}.*other-v0: {value}"):
         concatenate([part, other])
+
+
+def test_a_union_has_the_reference_scores_that_any_part_has(make_episodes, info):
+    parts = [
+        Episodes.from_episodes(
+            make_episodes([2]),
+            replace(info, dataset_id=name, reference_min=low, reference_max=high),
+        )
+        for name, low, high in (("a-v0", None, None), ("b-v0", -1.0, 5.0), ("c-v0", -1.0, 6.0))
+    ]
+    assert concatenate(parts[:2]).info.references == (-1.0, 5.0)
+    assert concatenate([parts[0], parts[0]]).info.references is None
+    refused = r"same reference scores, got b-v0: -1 5, c-v0: -1 6; .*\(--reference-scores\)"
+    with pytest.raises(DatasetError, match=refused):
+        concatenate(parts)

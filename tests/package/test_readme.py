@@ -1,7 +1,10 @@
-"""The README's programs for other libraries, run as they stand."""
+"""The README's programs, run as they stand but for how long they train."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +14,19 @@ import numpy as np
 import pytest
 
 from minrl import DecisionAgent, TrajectoryModel
+from minrl.cli import main
+from minrl.scripts.train_config import quick
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("## Use the backbone in your own agent")[2].partition("\n## ")[0]
-PROGRAMS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+SMALL = "--steps 4 --eval-episodes 1 --final-episodes 1 --width 8 --num-layers 1"
+
+
+def programs_of(title):
+    section = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+PROGRAMS = programs_of("Use the backbone in your own agent")
 # Each program's library; PufferLib's adapter needs nothing of the package.
 LIBRARIES = ["torch", "torchrl", "sb3_contrib", "ray", "tianshou", "torch", "amago"]
 
@@ -26,8 +38,7 @@ def test_every_library_has_its_program():
 
 
 def test_acting_in_many_environments_asks_each_for_its_own_return():
-    section = README.partition("## Use from Python")[2].partition("\n## ")[0]
-    program = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    program = programs_of("Use from Python")[1]
     assert "make_vec" in program
     agent = DecisionAgent(TrajectoryModel(11, 3), target_return=1.0)
     names = {"agent": agent, "gym": gymnasium}
@@ -36,6 +47,61 @@ def test_acting_in_many_environments_asks_each_for_its_own_return():
     lengths = agent._state.timesteps + 1
     assert ((lengths < 60) & ~agent._starts.flags).any()
     assert (np.abs(agent._state.returns_to_go - 3400) < 5 * lengths + 5).all()
+
+
+@pytest.mark.integration
+def test_training_and_acting_from_python(hopper_id, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program, whole = programs_of("Use from Python")[0], 'quick(("minrl/hopper/medium-expert-v0",))'
+    assert whole in program
+    options = {"steps": 4, "eval_episodes": 1, "final_episodes": 1}
+    names = {"small": dataclasses.replace(quick((hopper_id,)), **options)}
+    exec(program.replace(whole, "small"), names)  # noqa: S102 - our own
+    assert names["done"]
+    assert (names["run"] / "learning_curve.png").exists()
+
+
+@pytest.mark.integration
+def test_data_of_ones_own(datasets_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (program,) = programs_of("Data")
+    exec(program, {})  # noqa: S102 - our own
+    section = README.partition("\n## Data\n")[2]
+    for line in re.findall(r"^    minrl (.*)$", section, re.MULTILINE)[:2]:
+        small = SMALL if line.startswith("train") else ""
+        assert main(shlex.split(f"{line} {small}")) == 0
+    (run,) = tmp_path.glob("runs/me/pendulum/random-v0/mingru-s0-*")
+    assert (run / "learning_curve.png").exists()
+
+
+@pytest.mark.integration
+def test_an_exported_policy_runs_without_minrl(hopper_id, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(f"train --dataset {hopper_id} --run-dir run {SMALL}")) == 0
+    assert main(shlex.split("export run --to onnx --output policy.onnx")) == 0
+    (program,) = programs_of("An exported policy")
+    assert "minrl" not in re.findall(r"^(?:import|from) .*$", program, re.MULTILINE)[0]
+    names = {}
+    exec(program, names)  # noqa: S102 - our own
+    assert names["done"]
+    assert names["wanted"] < names["told"]["target_return"]
+
+
+def test_the_commands_have_the_flags_that_are_named(capsys):
+    text = README.replace("\\|", "|")  # as tables write it
+    lines = re.findall(r"(?:^|`)(?: {4})?minrl ([a-z][^`\n]*)", text, re.MULTILINE)
+    assert len(lines) > 20
+    for line in lines:
+        command, *words = line.split()
+        kinds = words[0].split("|") if command in ("datasets", "benchmark") and words else []
+        for kind in kinds or [None]:
+            with contextlib.suppress(SystemExit):
+                main([command, *filter(None, [kind]), "--help"])
+            output = capsys.readouterr()
+            assert "--help" in output.out, (line, output.err)
+            for flag in re.findall(r"--[a-z0-9][a-z0-9-]*", line):
+                assert flag in output.out, line
 
 
 @pytest.mark.integration

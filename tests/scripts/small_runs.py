@@ -1,6 +1,7 @@
 """Runs that take a second, and what is left of one."""
 
 import dataclasses
+import time
 
 from minrl.agents.checkpoint import CheckpointFolder, load_weights
 from minrl.agents.model_config import ModelConfig
@@ -24,6 +25,19 @@ def make_config(dataset, run_dir, **options):
         run_dir=run_dir,
     )
     return dataclasses.replace(base, **options)
+
+
+def wait_until(condition, seconds=120):
+    """Wait for something that happens elsewhere; the machine may be busy."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def step_of(path):
+    rows = RunFolder(path).read_metrics()
+    return rows[-1]["step"] if rows else 0
 
 
 def weights_of(path):

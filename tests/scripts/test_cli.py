@@ -9,7 +9,7 @@ import pytest
 
 from minrl import __version__, cli
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train_config import paper, quick
+from minrl.scripts.train_config import flatten, paper, quick
 
 
 def run(*arguments):
@@ -72,9 +72,8 @@ def test_train_help_explains_every_field(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     output = capsys.readouterr().out
-    flags = "dataset environment preset backbone tokens context steps seed device run-dir resume"
-    for flag in [*flags.split(), "learning-rate", "refresh-every", "burn-in", "action-dropout"]:
-        assert f"--{flag}" in output
+    for name in [*flatten(quick()), "resume"]:
+        assert f"--{name.replace('_', '-')}" in output
     assert "minutes on two CPU cores" in output
 
 
@@ -156,6 +155,7 @@ def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("minrl: error: ")
+    assert error.count("\n") == 1
     assert message in error
 
 

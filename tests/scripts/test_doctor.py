@@ -1,6 +1,5 @@
 import os
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from minrl.scripts.doctor import check_datasets, difference_to_training
 
 
 @pytest.mark.integration
-def test_the_doctor_finds_that_everything_works_and_leaves_nothing(capsys):
+def test_the_doctor_finds_that_everything_works_and_leaves_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     datasets = os.environ["MINARI_DATASETS_PATH"]
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -24,7 +24,7 @@ def test_the_doctor_finds_that_everything_works_and_leaves_nothing(capsys):
     assert [line.split()[1] for line in lines[:-1]] == names
     assert f"torch {torch.__version__}" in lines[0]
     assert lines[-1].startswith("everything works")
-    assert list(Path(tempfile.gettempdir()).glob("minrl-doctor-*")) == []
+    assert list(tmp_path.iterdir()) == []
     assert os.environ["MINARI_DATASETS_PATH"] == datasets
 
 

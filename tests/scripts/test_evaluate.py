@@ -47,6 +47,10 @@ def test_environments_without_a_version_or_a_time_limit(monkeypatch):
         ({"episodes": 0}, "episodes must be at least 1, not 0"),
         ({"checkpoint": "first"}, "checkpoint must be one of both, last, best, not 'first'"),
         ({"refresh_every": -1}, "refresh-every must be at least 0, not -1"),
+        ({"num_envs": 0}, "num-envs must be at least 1, not 0"),
+        ({"num_workers": -1}, "num-workers must be at least 0, not -1"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"timeout": 0.0}, "timeout must be above 0 seconds, not 0.0"),
         ({"device": "gpu0"}, "device 'gpu0' cannot be used"),
     ],
 )

@@ -62,11 +62,13 @@ def test_named_modules_are_imported_before_the_command(flags, own, capsys, monke
 def test_what_cannot_be_imported_is_one_line(arguments, message, own, capsys):
     (own / "broken.py").write_text("1 / 0")
     assert cli.main(arguments) == 2
-    assert re.match(f"minrl: error: {message}", capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.match(f"minrl: error: {message}", error)
+    assert error.count("\n") == 1
 
 
 @pytest.mark.integration
-def test_an_environment_of_ones_own_goes_through_every_command(own):
+def test_an_environment_of_ones_own_is_imported_studied_and_evaluated(own):
     rng = np.random.default_rng(0)
     ends = np.arange(100) % 10 == 9
     np.savez(

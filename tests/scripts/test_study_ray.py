@@ -1,18 +1,17 @@
 import dataclasses
 import sys
-import time
 
 import pytest
 import torch
+from small_runs import step_of, wait_until, weights_of
 
 ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from minrl.agents.checkpoint import CheckpointFolder, load_weights  # noqa: E402
+from minrl.agents.checkpoint import CheckpointFolder  # noqa: E402
 from minrl.agents.model_config import ModelConfig  # noqa: E402
 from minrl.errors import AdapterError, ConfigError  # noqa: E402
-from minrl.scripts.run_folder import RunFolder  # noqa: E402
 from minrl.scripts.study_ray import RayWorkers  # noqa: E402
 from minrl.scripts.study_run import is_done, log_of  # noqa: E402
 from minrl.scripts.train import train  # noqa: E402
@@ -50,29 +49,12 @@ def make_runs(hopper_id, folder, number, **options):
     ]
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def step_of(run):
-    rows = RunFolder(run.run_dir).read_metrics()
-    return rows[-1]["step"] if rows else 0
-
-
-def weights_of(path):
-    folder = CheckpointFolder(path / "checkpoints")
-    return load_weights(folder.weights(folder.last()))[0]
-
-
 def test_all_runs_finish_when_a_node_dies(hopper_id, tmp_path, cluster):
     runs = make_runs(hopper_id, tmp_path / "study", 3, steps=1000)
     workers = RayWorkers(runs, cluster.address, cpus=1, gpus=0)
-    wait_until(lambda: sum(step_of(run) > 100 for run in runs) == 2)
+    wait_until(lambda: sum(step_of(run.run_dir) > 100 for run in runs) == 2, PATIENCE)
     assert len(workers.running) == 2
-    steps_before = [step_of(run) for run in runs]
+    steps_before = [step_of(run.run_dir) for run in runs]
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     ended = []
 
@@ -80,7 +62,7 @@ def test_all_runs_finish_when_a_node_dies(hopper_id, tmp_path, cluster):
         ended.extend(workers.poll())
         return not workers.is_busy
 
-    wait_until(all_ended)
+    wait_until(all_ended, PATIENCE)
     assert [problem for _, problem in ended] == [None] * 3
     assert all(is_done(run) for run in runs)
     # The run that lost its node went on from a checkpoint: its log begins twice.
@@ -105,9 +87,9 @@ def test_stopped_runs_save_and_failed_ones_say_why(hopper_id, tmp_path, cluster)
 
     def bad_ended():
         ended.extend(workers.poll())
-        return ended and step_of(good)
+        return ended and step_of(good.run_dir)
 
-    wait_until(bad_ended)
+    wait_until(bad_ended, PATIENCE)
     ((run, problem),) = ended
     assert run == bad
     assert "exists already" in problem
@@ -117,9 +99,9 @@ def test_stopped_runs_save_and_failed_ones_say_why(hopper_id, tmp_path, cluster)
         ended.extend(workers.poll())
         return not workers.is_busy
 
-    wait_until(all_ended)
-    wait_until(lambda: "and saved" in log_of(good).read_text())
-    assert CheckpointFolder(good.run_dir / "checkpoints").last() >= step_of(good)
+    wait_until(all_ended, PATIENCE)
+    wait_until(lambda: "and saved" in log_of(good).read_text(), PATIENCE)
+    assert CheckpointFolder(good.run_dir / "checkpoints").last() >= step_of(good.run_dir)
 
 
 def test_an_address_without_a_cluster_is_an_error():

@@ -3,11 +3,10 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from small_runs import make_config, weights_of
+from small_runs import make_config, step_of, wait_until, weights_of
 
 from minrl.agents.checkpoint import CheckpointFolder
 from minrl.scripts.run_folder import RunFolder
@@ -31,18 +30,6 @@ sys.exit(study(StudyConfig(**{**options, "folder": Path(options["folder"])})))
 """
 PATIENCE = 120  # seconds; the machine may be busy
 LONG = {"steps": 600, "eval_every": 100, "eval_episodes": 0, "final_episodes": 0, "log_every": 10}
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def step_of(path):
-    rows = RunFolder(path).read_metrics()
-    return rows[-1]["step"] if rows else 0
 
 
 def start_study(folder, hopper_id, *, seeds, steps, workers):

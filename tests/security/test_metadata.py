@@ -110,15 +110,15 @@ REFUSED = {
     ),
     "equal reference scores": (
         changed(ref_min_score=0.0, ref_max_score=0.0),
-        "ref_min_score 0 must be below ref_max_score 0",
+        "the lower first, not 0 and 0",
     ),
     "infinite reference score": (
         changed(ref_min_score=0.0, ref_max_score=float("inf")),
-        "ref_min_score 0 must be below ref_max_score inf, and both be finite",
+        "reference scores must be finite, the lower first, not 0 and inf",
     ),
     "reference score of nothing": (
         changed(ref_min_score=float("nan"), ref_max_score=1.0),
-        "ref_min_score nan must be",
+        "the lower first, not nan and 1",
     ),
     "reference score of text": (changed(ref_min_score="a", ref_max_score=1.0), "not usable"),
     "link out": (link_out, "is a link out of the dataset's folder, which minrl refuses"),

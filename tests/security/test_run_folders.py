@@ -144,3 +144,14 @@ def test_a_checkpoint_that_is_not_that_of_a_run_is_not_evaluated(run, missing):
     run.checkpoints.save(1, model.state_dict(), agent.header(), {})
     with pytest.raises(CheckpointError, match=f"the last checkpoint of .* has no {missing}"):
         evaluate_run(run.path, EvaluateConfig(episodes=1, targets=(1.0,)))
+
+
+def test_a_run_that_says_no_more_than_it_must_is_evaluated(run, capsys):
+    model = TrajectoryModel(11, 3, ModelConfig(width=8, num_layers=1))
+    info = {"step": 1, "environment": "Hopper-v5", "dataset": {}}
+    agent = DecisionAgent(model, target_return=1.0, info=info)
+    run.checkpoints.save(1, model.state_dict(), agent.header(), {})
+    with pytest.raises(ConfigError, match="does not say what it was asked for: give --targets"):
+        evaluate_run(run.path, EvaluateConfig(episodes=1))
+    evaluate_run(run.path, EvaluateConfig(episodes=1, targets=(1.0,)))
+    assert "score in percent: the data does not say of what" in capsys.readouterr().out

@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -49,10 +48,13 @@ def test_every_unit_is_worked_on_once_whatever_the_number_of_threads():
 
 
 def test_an_error_on_another_thread_reaches_the_caller():
+    other_has_begun = threading.Event()
+
     def kernel(first, stop):
-        time.sleep(0.05)  # time for the other thread to begin its range
         if first:
+            other_has_begun.set()
             raise ArithmeticError(threading.current_thread().name)
+        other_has_begun.wait(60)  # or else the caller might do both ranges
 
     before = torch.get_num_threads()
     try:
