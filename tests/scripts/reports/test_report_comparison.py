@@ -162,7 +162,9 @@ def test_other_targets_are_compared_and_not_averaged(write_run, tmp_path):
     for seed, score in enumerate((50.0, 60.0)):
         write_run(f"mingru-s{seed}", constant(score), seed=seed)
         less = (1800.0, 900.0)
-        write_run(f"mingru,targets-s{seed}", constant(score + 4), seed=seed, targets=less)
+        write_run(
+            f"mingru,targets=1800%20900-s{seed}", constant(score + 4), seed=seed, targets=less
+        )
     study = study_of(tmp_path)
     (row,) = study["ablations"]
     assert (row["change"], row["usual"]) == ("targets 1800 900", "3600 1800")
