@@ -51,8 +51,11 @@ def _probe(dataset_id: str) -> None:
     kind, _, owner = os.environ.get("MINARI_REMOTE", _DEFAULT_REMOTE).partition("://")
     if kind != "hf":
         return
+    try:  # before the clock runs: the time that an import takes is not the server's
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise _failure(dataset_id, error) from error
     failures: list[Exception] = []
-    from huggingface_hub import HfApi  # here: the time that it takes is not the server's
 
     def ask() -> None:
         try:
