@@ -175,7 +175,8 @@ def interrupt_in_the_middle_of_a_step(arguments, at):
             while signal.getsignal(signal.SIGINT) is first:  # Python may take its time to handle it
                 time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(PATIENCE)  # which it ends
+            for _ in range(100 * PATIENCE):  # which it ends; in one sleep another thread may get it
+                time.sleep(0.01)
 
     register_optimizer_step_post_hook(interrupt)
     minrl(*arguments)
