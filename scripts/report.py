@@ -16,13 +16,8 @@ from minrl.scripts.reports.latency import measure_latency
 from minrl.scripts.reports.markdown import make_markdown, standalone
 from minrl.scripts.reports.methods import name_methods
 from minrl.scripts.reports.page import make_page
-from minrl.scripts.reports.summary import FORMAT, summarise
-
-PARTS = {
-    *("report", "methods", "tasks", "cells", "comparisons", "ablations", "protocol", "runs"),
-    *("unfinished", "left_out", "latency", "machine", "made", "minrl"),
-}
-"""What a report.json has at its top."""
+from minrl.scripts.reports.stored import read_report, stored_runs
+from minrl.scripts.reports.summary import summarise
 
 
 def report(runs: tuple[Path, ...], /, output: Path = Path("report"), latency: bool = True) -> None:
@@ -32,16 +27,16 @@ def report(runs: tuple[Path, ...], /, output: Path = Path("report"), latency: bo
     report.json, from which both can be made again.
 
     Args:
-        runs: Folders of runs, or with such folders below them; or the report.json of a report, to
-            make its pages again.
+        runs: Folders of runs, or with such folders below them; and the report.json of other
+            reports, whose runs count as if their folders were here. One alone makes its pages
+            again.
         output: Folder to write to.
         latency: Measure how long the agents take to act, which loads their checkpoints.
     """
     if not runs:
         raise ConfigError("name at least one folder of runs")
-    if runs[0].is_file() and len(runs) > 1:
-        raise ConfigError(f"{runs[0]} is a report of its own: nothing can be added to it")
-    study = read_report(runs[0]) if runs[0].is_file() else make_report(runs, latency=latency)
+    is_made = len(runs) == 1 and runs[0].is_file()
+    study = read_report(runs[0]) if is_made else make_report(runs, latency=latency)
     write_report(study, output)
     for name in ("report.html", "report.md", "report.json"):
         print(f"written: {output / name}")
@@ -49,37 +44,33 @@ def report(runs: tuple[Path, ...], /, output: Path = Path("report"), latency: bo
         print(f"left out: {item['folder']}: {item['reason']}")
 
 
-def make_report(folders: tuple[Path, ...], *, latency: bool = True) -> dict[str, Any]:
+def make_report(paths: tuple[Path, ...], *, latency: bool = True) -> dict[str, Any]:
     """Read runs and return all that a report says, as plain JSON values.
 
+    Args:
+        paths: Folders, and the report.json of other reports.
+        latency: Measure it, for the methods of which there is a folder.
+
     Raises:
-        ConfigError: If a folder does not exist, or no finished run is found.
+        ConfigError: If a path does not exist or is neither, or no finished run is found.
     """
-    runs, left_out = find_runs(folders)
+    folders = [path for path in paths if not path.is_file()]
+    runs, left_out = find_runs(folders) if folders else ([], [])
+    were_unfinished = []
+    for path in paths:
+        if path.is_file():
+            other = read_report(path)
+            runs += stored_runs(path, other)
+            were_unfinished += other["left_out"][: other["unfinished"]]
+    finished = {run.folder for run in runs}  # by now, perhaps
+    left_out += [item for item in were_unfinished if item["folder"] not in finished]
     methods = name_methods(runs)
     study = summarise(runs, methods, left_out)
-    study["latency"] = measure_latency(runs, methods) if latency else None
+    has_agents = any(run.path for run in runs)
+    study["latency"] = measure_latency(runs, methods) if latency and has_agents else None
     study["machine"] = device_name(torch.device("cpu"))
     study["made"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     study["minrl"] = __version__
-    return study
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Read a report.json.
-
-    Raises:
-        ConfigError: If it is none, or of another version's format.
-    """
-    try:
-        study = json.loads(path.read_text())
-        known = study["report"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{path} is not the report.json of a report: {error}") from error
-    if known != FORMAT:
-        raise ConfigError(f"{path} has format {known}; this version of minrl reads {FORMAT}")
-    if missing := PARTS - study.keys():
-        raise ConfigError(f"{path} is not the report.json of a report: it has no {min(missing)}")
     return study
 
 

@@ -41,7 +41,9 @@ class StudyConfig:
     backbones: tuple[str, ...] = ("mingru", "minlstm", "transformer", "bc")
     """Names of backbones; bc is behaviour cloning, bc10 the same on the best tenth of the data."""
     seeds: int = 5
-    """How many; they are 0, 1, 2 ..."""
+    """How many; they are 0, 1, 2 ..., or follow on --first-seed."""
+    first_seed: int = 0
+    """The lowest; so that machines share a study, or one grows: 5 --first-seed 5 adds five."""
     preset: str = "quick"
     """As in minrl train: quick or paper."""
     set: tuple[str, ...] = ()
@@ -79,9 +81,9 @@ class StudyConfig:
         for name in ("tasks", "backbones"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must name at least one")
-        for name in ("seeds", "workers", "cpus"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("seeds", 1), ("first_seed", 0), ("workers", 1), ("cpus", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.gpus < 0 or (self.gpus and not self.ray):
             raise ConfigError(f"gpus must be at least 0, and 0 without --ray, not {self.gpus}")
         if self.match_parameters and any(field.startswith("width=") for field in self.vary):
@@ -107,7 +109,7 @@ def runs_of(study: StudyConfig) -> list[TrainConfig]:
     loaded = {config.dataset: config.on_bad_episode for _, _, config in methods}
     sizes = {dataset: load_sizes(dataset, policy) for dataset, policy in loaded.items()}
     runs = []
-    for seed in range(study.seeds):
+    for seed in range(study.first_seed, study.first_seed + study.seeds):
         for dataset, name, config in methods:
             run_dir = study.folder / dataset / f"{name}-s{seed}"
             run = dataclasses.replace(config, seed=seed, run_dir=run_dir)

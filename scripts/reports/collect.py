@@ -25,7 +25,7 @@ class Run:
     """One finished run.
 
     Attributes:
-        path: Where it is.
+        path: Where it is; None if it was read from a report.json.
         folder: The same below the folder that was asked for.
         datasets: Ids, those of a union one by one.
         environment: Gymnasium id, None if not known.
@@ -46,10 +46,11 @@ class Run:
         library: Whose code it is; None for ours.
         note: What its author says of it.
         settings: Everything it was configured with, in one level; empty for outside agents.
+        agent: What its author calls it; empty for ours.
         method: The name it goes by in the report.
     """
 
-    path: Path
+    path: Path | None
     folder: str
     datasets: tuple[str, ...]
     environment: str | None
@@ -69,6 +70,7 @@ class Run:
     library: str | None = None
     note: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    agent: str = ""
     method: str = ""
 
 
@@ -213,22 +215,28 @@ def _choose(lines: list[dict], config: TrainConfig, best_step: int | None) -> li
 
 
 def _summarise(line: dict, checkpoint: str, refresh_every: int | None) -> dict[str, Any]:
-    score = line["normalized"]["mean"] if line["normalized"] else None
-    numbers = {name: line[name] for name in ("step", "episodes", "return_mean", "return_std")}
-    for name, value in (numbers | {"score": score}).items():
-        if not (value is None or is_finite_number(value)):
-            raise ValueError(f"{name} of an evaluation is {value!r:.50}")
-    return {
+    numbers = ("step", "episodes", "seed", "return_mean", "return_std")
+    evaluation = {
         "checkpoint": checkpoint,
-        "step": line["step"],
         "refresh_every": refresh_every,
         "target": line["target_return"],
-        "episodes": line["episodes"],
-        "seed": line["seed"],
-        "return_mean": line["return_mean"],
-        "return_std": line["return_std"],
-        "score": score,
+        **{name: line[name] for name in numbers},
+        "score": line["normalized"]["mean"] if line["normalized"] else None,
     }
+    check_evaluation(evaluation)
+    return evaluation
+
+
+def check_evaluation(evaluation: dict[str, Any]) -> None:
+    """Refuse an evaluation of a run that statistics cannot be made of.
+
+    Raises:
+        ValueError: Names what is not a finite number.
+    """
+    for name in ("step", "episodes", "seed", "return_mean", "return_std", "score"):
+        value = evaluation[name]
+        if not (is_finite_number(value) or (name == "score" and value is None)):
+            raise ValueError(f"{name} of an evaluation is {value!r:.50}")
 
 
 def _learning_curve(rows: list[dict], config: TrainConfig) -> dict[str, dict[str, list]]:
@@ -287,7 +295,7 @@ def _read_peer(path: Path, name: str) -> Run:
         data=peer.get("data"),
         library=peer["library"],
         note=peer.get("note", ""),
-        method=peer["method"],
+        agent=peer["method"],
     )
 
 

@@ -32,7 +32,8 @@ def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str,
     all others do: what is compared then is the architectures.
 
     Args:
-        runs: With checkpoints, or they are shown as missing.
+        runs: With checkpoints, or they are shown as missing; those without a folder, which were
+            read from a report.json, are passed over.
         methods: Which ones; those with changes of settings and outside agents are passed over.
 
     Returns:
@@ -40,12 +41,15 @@ def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str,
         median and p95 in seconds, rounds; or "missing", why it could not be measured.
     """
     contestants, rows = [], []
-    commonest = Counter(run.datasets for run in runs).most_common(1)[0][0]
+    runs = [run for run in runs if run.path is not None]
+    commonest = Counter(run.datasets for run in runs).most_common(1)
     for method in methods:
         if method.library is not None or method.changes:
             continue
         of_method = [run for run in runs if run.method == method.name]
-        run = next((run for run in of_method if run.datasets == commonest), of_method[0])
+        if not of_method:
+            continue
+        run = next((run for run in of_method if run.datasets == commonest[0][0]), of_method[0])
         trained_for = run.refresh_every
         ways = {trained_for} if method.family in MEMORYLESS else {trained_for, RECURRENT, WINDOWED}
         ordered = sorted(ways, key=lambda way, trained_for=trained_for: way != trained_for)

@@ -50,11 +50,11 @@ def name_methods(runs: Sequence[Run]) -> list[Method]:
     budgets: dict[str, set[int]] = {}
     for run in runs:
         if run.library is not None:
-            budgets.setdefault(run.method, set()).add(run.steps)
+            budgets.setdefault(run.agent, set()).add(run.steps)
     for run in runs:
         if run.library is not None:
-            if len(budgets[run.method]) > 1:
-                run.method = f"{run.method}, {run.steps:,} steps"
+            is_one = len(budgets[run.agent]) == 1
+            run.method = run.agent if is_one else f"{run.agent}, {run.steps:,} steps"
             methods[run.method] = Method(run.method, run.method, library=run.library)
         else:
             families.setdefault(family_of(run.settings), []).append(run)
@@ -133,7 +133,7 @@ def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any]) -> dict:
 
 def _varied(run: Run) -> str | None:
     """Return the setting that ``minrl study`` varied in it: METHOD,NAME=VALUE-sSEED."""
-    _, is_variant, setting = run.path.name.partition(",")
+    _, is_variant, setting = run.folder.rpartition("/")[2].partition(",")
     return setting.partition("=")[0].replace("-", "_") if is_variant else None
 
 

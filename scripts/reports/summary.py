@@ -15,8 +15,9 @@ from minrl.scripts.reports.comparison import CHECKPOINTS, ablations, comparisons
 from minrl.scripts.reports.methods import Method
 from minrl.scripts.reports.protocol import describe_protocol
 from minrl.scripts.reports.statistics import student_interval
+from minrl.scripts.reports.stored import FORMAT, describe_run, shared_settings
 
-FORMAT = 5
+COMPARED = ("settings", "references", "targets", "target")
 
 
 def summarise(
@@ -27,6 +28,7 @@ def summarise(
     tasks = describe_tasks(runs)
     cells = _cells(runs, methods, tasks)
     labels = {(task["id"], task["environment"]): task["label"] for task in tasks}
+    settings = shared_settings(runs)
     study = {
         "report": FORMAT,
         "methods": [asdict(method) for method in methods],
@@ -35,7 +37,8 @@ def summarise(
         "comparisons": comparisons(methods, tasks, cells),
         "ablations": ablations(methods, tasks, cells),
         "protocol": describe_protocol(runs, methods, labels),
-        "runs": [_describe_run(run, tasks) for run in runs],
+        "settings": settings,
+        "runs": [describe_run(run, _task_of(run, tasks), settings) for run in runs],
         "unfinished": len(left_out),
         "left_out": left_out + repeated,
     }
@@ -128,7 +131,7 @@ def _cell(method: Method, runs: list[Run], unit: str) -> dict[str, Any]:
         "acting": {str(refresh): _scores(runs, "last", unit, refresh) for refresh in acting},
         "asked": _asked(runs),
         "parameters": next((run.parameters for run in runs if run.parameters), None),
-        "step_seconds": float(np.mean(known)) if known else None,
+        "step_seconds": float(np.median(known)) if known else None,
         "steps": runs[0].steps,
     }
 
@@ -172,33 +175,21 @@ def _asked(runs: list[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _describe_run(run: Run, tasks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a run without what the rest of the report holds already."""
-    task = next(index for index, task in enumerate(tasks) if _is_of(run, task))
-    values = asdict(run) | {"task": task}
-    for name in (
-        "path",
-        "datasets",
-        "environment",
-        "settings",
-        "score_note",
-        "data",
-        "versions",
-        "machine",
-        "library",
-    ):
-        values.pop(name)
-    return values
+def _task_of(run: Run, tasks: list[dict[str, Any]]) -> int:
+    return next(index for index, task in enumerate(tasks) if _is_of(run, task))
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON values with six digits, which is more than the figures have; NaN as None."""
+    """Return JSON values with six digits, which is more than the figures have; NaN as None.
+
+    What is compared with other runs to the last digit keeps them all.
+    """
     if isinstance(value, (float, np.floating)):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(k): v if k in COMPARED else _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value

@@ -41,6 +41,12 @@ def test_a_grid_has_every_combination_once(hopper_id, tmp_path, plan):
     assert {run.model.tokens for run in runs} == {"joint", "observation"}  # the preset's choices
 
 
+def test_a_study_may_begin_at_any_seed(hopper_id, tmp_path, plan):
+    whole = plan(tmp_path, seeds=5)
+    assert plan(tmp_path, seeds=2, first_seed=3) == whole[3:]
+    assert [run.seed for run in whole[3:]] == [3, 4]
+
+
 def test_a_varied_field_adds_runs_that_differ_in_it_alone(hopper_id, tmp_path, plan):
     vary = ("tokens=joint,interleaved", "context=10,20", "candidate=identity")
     base, *variants = plan(tmp_path, vary=vary)
@@ -78,6 +84,7 @@ WRONG = {
     "none": ({"backbones": ()}, "backbones must name at least one"),
     "preset": ({"preset": "fast"}, "preset must be of quick, paper, not 'fast'"),
     "seeds": ({"seeds": 0}, "seeds must be at least 1, not 0"),
+    "first seed": ({"first_seed": -1}, "first_seed must be at least 0, not -1"),
     "workers": ({"workers": 0}, "workers must be at least 1, not 0"),
     "gpus": ({"gpus": -1.0}, "gpus must be at least 0"),
     "gpus of this machine": ({"gpus": 0.5}, "and 0 without --ray, not 0.5"),

@@ -189,7 +189,7 @@ def test_nothing_to_report_says_why(write_run, tmp_path):
 def test_outside_agents_are_read_from_their_file(write_peer, tmp_path):
     write_peer("iql-s0", 61.0)
     run = read(tmp_path)[0]["iql-s0"]
-    assert (run.method, run.library, run.targets) == ("d3rlpy IQL", "d3rlpy 2.8.1", (None,))
+    assert (run.agent, run.library, run.targets) == ("d3rlpy IQL", "d3rlpy 2.8.1", (None,))
     assert score(run, "last") == 61.0
     assert headline(run, "best") is None
 
