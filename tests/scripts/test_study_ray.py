@@ -1,4 +1,6 @@
 import dataclasses
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from minrl.agents.checkpoint import CheckpointFolder  # noqa: E402
 from minrl.agents.model_config import ModelConfig  # noqa: E402
 from minrl.errors import AdapterError, ConfigError  # noqa: E402
+from minrl.scripts.run_folder import RunFolder  # noqa: E402
 from minrl.scripts.study_ray import RayWorkers  # noqa: E402
 from minrl.scripts.study_run import is_done, log_of  # noqa: E402
 from minrl.scripts.train import train  # noqa: E402
@@ -102,6 +105,46 @@ def test_stopped_runs_save_and_failed_ones_say_why(hopper_id, tmp_path, cluster)
     wait_until(all_ended, PATIENCE)
     wait_until(lambda: "and saved" in log_of(good).read_text(), PATIENCE)
     assert CheckpointFolder(good.run_dir / "checkpoints").last() >= step_of(good.run_dir)
+
+
+def start_study(address, hopper_id, folder, *, seeds, steps):
+    """Start the command as a user would."""
+    small = "width=16 num-layers=1 batch-size=8 eval-every=500 eval-episodes=0 final-episodes=0"
+    grid = ["--tasks", hopper_id, "--backbones", "mingru", "--seeds", str(seeds)]
+    settings = ["--set", *small.split(), "log-every=10", "device=cpu", f"steps={steps}"]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "minrl", "study", "--ray", address, "--folder", str(folder)),
+            *(*grid, *settings),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_runs_a_study_on_the_cluster(hopper_id, tmp_path, cluster):
+    with start_study(cluster.address, hopper_id, tmp_path, seeds=3, steps=4) as process:
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    assert "3 of 3 done" in output
+    assert all(RunFolder(tmp_path / hopper_id / f"mingru-s{n}").is_finished() for n in range(3))
+
+
+def test_runs_are_saved_before_an_interrupted_command_ends(hopper_id, tmp_path, cluster):
+    """With the driver Ray ends its workers, saved or not."""
+    paths = [tmp_path / hopper_id / f"mingru-s{seed}" for seed in range(3)]
+    with start_study(cluster.address, hopper_id, tmp_path, seeds=3, steps=1_000_000) as process:
+        wait_until(lambda: all(map(step_of, paths[:2])), PATIENCE)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in output
+    assert not paths[2].exists()
+    for path in paths[:2]:
+        step = CheckpointFolder(path / "checkpoints").last()
+        assert step >= step_of(path)
+        assert f"stopped at step {step} and saved" in path.with_suffix(".log").read_text()
 
 
 def test_an_address_without_a_cluster_is_an_error():
