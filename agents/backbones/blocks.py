@@ -204,9 +204,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"Backbone: Expected input of (B, T, {self.input_size}), got {tuple(x.shape)}"
             )
-        for name, flags in (("resets", resets), ("mask", mask)):
-            if flags is not None:
-                check_flags(name, flags, x.shape[:-1])
+        check_flags(x.shape[:-1], resets=resets, mask=mask)
         if x.dim() == 2:
             x, resets, mask = (y if y is None else y.unsqueeze(0) for y in (x, resets, mask))
             y, state = self._run(x, state, resets, mask, outputs)

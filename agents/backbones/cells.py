@@ -169,9 +169,7 @@ class _MinimalRNN(nn.Module):
             output, h_n = self._forward_packed(input, hx, resets, mask)
             return output, self._paired(h_n)
         check_axes(type(self).__name__, input, hx, self.return_cell)
-        for name, flags in (("resets", resets), ("mask", mask)):
-            if flags is not None:
-                check_flags(name, flags, input.shape[:-1])
+        check_flags(input.shape[:-1], resets=resets, mask=mask)
         if input.dim() == 3:
             output, h_n = self._run(input, hx, resets, mask, self.batch_first)
             return output, self._paired(h_n)

@@ -114,9 +114,8 @@ def check_arguments(activation: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"activation must be one of {sorted(CANDIDATES)}, not {activation!r}")
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, sequences = next(iter(given.items()))
-    for name in ("resets", "mask"):
-        if name in given:
-            check_flags(name, given[name], sequences.shape[:2])
+    flags = {name: tensors.get(name) for name in ("resets", "mask")}
+    check_flags(sequences.shape[:2], **flags)
     for name, tensor in given.items():
         if tensor.device != sequences.device:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {sequences.device}")
@@ -130,23 +129,26 @@ def flags_of_step(reset: Tensor | None, x: Tensor) -> Tensor | None:
     """
     if x.dim() != 2:
         raise ValueError(f"a step takes (B, features), one row a sequence, not {tuple(x.shape)}")
-    if reset is None:
-        return None
-    check_flags("reset", reset, x.shape[:1])
-    return reset.unsqueeze(1)
+    check_flags(x.shape[:1], reset=reset)
+    return None if reset is None else reset.unsqueeze(1)
 
 
-def check_flags(name: str, flags: Tensor, shape: Sequence[int]) -> None:
-    """Refuse what is no tensor of bool of that shape.
+def check_flags(shape: Sequence[int], **flags: Tensor | None) -> None:
+    """Refuse flags that are given, but are no tensor of bool of that shape.
+
+    Args:
+        shape: Of each.
+        **flags: By the caller's names for them.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: Names the first that is not.
     """
-    kind = flags.dtype if isinstance(flags, Tensor) else type(flags).__name__
-    if kind != torch.bool or flags.shape != shape:
-        given = f"{kind} of {tuple(flags.shape)}" if hasattr(flags, "shape") else kind
-        hint = "" if kind == torch.bool else "; .bool() makes it one of a tensor of 0 and 1"
-        raise ValueError(f"{name} must be bool of {tuple(shape)}, not {given}{hint}")
+    for name, given in flags.items():
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        if given is not None and (kind != torch.bool or given.shape != shape):
+            found = f"{kind} of {tuple(given.shape)}" if hasattr(given, "shape") else kind
+            hint = "" if kind == torch.bool else "; .bool() makes it one of a tensor of 0 and 1"
+            raise ValueError(f"{name} must be bool of {tuple(shape)}, not {found}{hint}")
 
 
 def gated_scan_reference(
