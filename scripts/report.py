@@ -56,14 +56,14 @@ def make_report(paths: tuple[Path, ...], *, latency: bool = True) -> dict[str, A
     """
     folders = [path for path in paths if not path.is_file()]
     runs, left_out = find_runs(folders) if folders else ([], [])
-    were_unfinished = []
+    were_unfinished = {}
     for path in paths:
         if path.is_file():
-            other = read_report(path)
-            runs += stored_runs(path, other)
-            were_unfinished += other["left_out"][: other["unfinished"]]
-    finished = {run.folder for run in runs}  # by now, perhaps
-    left_out += [item for item in were_unfinished if item["folder"] not in finished]
+            stored, unfinished = stored_runs(path, read_report(path))
+            runs += stored
+            were_unfinished |= {item["folder"]: item for item in unfinished}
+    known = {run.folder for run in runs} | {item["folder"] for item in left_out}
+    left_out += [item for folder, item in were_unfinished.items() if folder not in known]
     methods = name_methods(runs)
     study = summarise(runs, methods, left_out)
     has_agents = any(run.path for run in runs)

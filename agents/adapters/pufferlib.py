@@ -18,6 +18,7 @@ PufferLib 3 acts on from a state that it does not train from.
 import torch
 from torch import Tensor, nn
 
+from minrl.agents.adapters.libraries import refuse_options
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
 
 
@@ -50,12 +51,11 @@ class _RecurrentWrapper(nn.Module):
         **options,
     ):
         super().__init__()
-        for name, reason in (
-            ("learn_initial_state", "PufferLib starts from zeros"),
-            ("return_cell", "PufferLib's second state is made here"),
-        ):
-            if options.get(name):
-                raise ValueError(f"{reason}: no {name}")
+        refuse_options(
+            options,
+            learn_initial_state="PufferLib starts from zeros",
+            return_cell="PufferLib's second state is made here",
+        )
         self.policy = policy
         self.observation_shape = env.single_observation_space.shape
         self.is_continuous = getattr(policy, "is_continuous", False)  # PufferLib asks for it

@@ -26,7 +26,7 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import check_call, interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of, refuse_options
 from minrl.agents.backbones.cells import CELLS
 
 with interface_of("ray", install='pip install "ray[rllib]"', known="2.60"):
@@ -52,7 +52,8 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
     * ``core``: "mingru" (the default) or "minlstm";
     * ``hidden_size``: width of the core and of the layers around it, H, by default 128;
     * ``num_layers``: of the core, L, by default 1;
-    * ``core_options``: more of its arguments, such as ``{"memory": 200}``;
+    * ``core_options``: more of its arguments, such as ``{"memory": 200}``, but for
+      ``learn_initial_state`` (RLlib keeps the states, and starts from zeros) and ``return_cell``;
 
     and RLlib reads ``max_seq_len``, the steps T of a row, which it wants of every recurrent module.
     """
@@ -61,7 +62,8 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
         """Build the layers; RLlib calls this.
 
         Raises:
-            ValueError: If the observations are not a one-dimensional Box, or ``core`` is unknown.
+            ValueError: If the observations are not a one-dimensional Box, ``core`` is unknown, or
+                has one of the two options that it may not have.
             TypeError: If the core has no such option.
         """
         space = self.observation_space
@@ -78,6 +80,11 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
         outputs = self.get_train_action_dist_cls().required_input_dim(space=self.action_space)
         self.encoder = nn.Sequential(nn.Linear(space.shape[0], width), nn.ReLU())
         options = self.model_config.get("core_options", {})
+        refuse_options(
+            options,
+            learn_initial_state="RLlib starts from zeros",
+            return_cell="RLlib is given one state",
+        )
         self.core = CELLS[core](width, width, layers, batch_first=True, **options)
         self.policy_head = _head(width, outputs)
         self.value_head = _head(width, 1)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import check_call, interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of, refuse_options
 from minrl.agents.backbones.cells import CELLS
 
 with interface_of("tianshou", install="pip install tianshou", known="2.0"):
@@ -49,10 +49,11 @@ class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
         action_shape: Of the output; its size is A.
         hidden_layer_size: Width of the core and of the layers around it, H.
         core: "mingru" or "minlstm".
-        **options: More arguments of the core, such as ``memory``.
+        **options: More arguments of the core, such as ``memory``, but for ``learn_initial_state``
+            (Tianshou's collectors start from zeros) and ``return_cell``.
 
     Raises:
-        ValueError: If ``core`` is neither.
+        ValueError: If ``core`` is neither, or has one of these two.
         TypeError: If the core has no such option.
     """
 
@@ -69,6 +70,11 @@ class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
         super().__init__(int(np.prod(action_shape)))
         if core not in CELLS:
             raise ValueError(f"core must be one of {sorted(CELLS)}, not {core!r}")
+        refuse_options(
+            options,
+            learn_initial_state="Tianshou starts from zeros",
+            return_cell="Tianshou is given one state",
+        )
         width = hidden_layer_size
         self.encoder = nn.Sequential(nn.Linear(int(np.prod(state_shape)), width), nn.ReLU())
         self.core = CELLS[core](width, width, layer_num, batch_first=True, **options)

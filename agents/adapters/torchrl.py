@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrl.agents.adapters.libraries import interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of
 from minrl.agents.backbones.blocks import Backbone
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
 
@@ -34,6 +34,9 @@ with interface_of("torchrl", install="pip install torchrl", known="0.14"):
     from torchrl.envs import TensorDictPrimer
     from torchrl.modules import GRUModule, recurrent_mode
 
+    check_call(TensorDictPrimer.__init__, None, {}, expand_specs=True)
+    check_call(recurrent_mode)
+    check_call(Unbounded.__init__, None, shape=(1,), dtype=torch.float32)
     DEFAULT_STATE_KEYS = (GRUModule.DEFAULT_IN_KEYS, GRUModule.DEFAULT_OUT_KEYS)
 
 

@@ -158,9 +158,24 @@ class Backbone(nn.Module):
             for _ in range(num_layers)
         )
 
-    def initial_state(self, batch_size: int) -> State:
-        """Return the learned state before a sequence starts: a tuple of (B, ...) tensors."""
-        return sum((block.initial_state(batch_size) for block in self.blocks), ())
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""
+
+    def initial_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """Return the learned state before a sequence starts: a tuple of (B, ...) tensors.
+
+        ``dtype`` is for those of them that are not whole numbers.
+        """
+        state = sum((block.initial_state(batch_size) for block in self.blocks), ())
+        return tuple(
+            part.to(device=device, dtype=dtype if part.is_floating_point() else None)
+            for part in state
+        )
 
     def reset_state(self, state: State, mask: Tensor) -> State:
         """Return ``state`` with the rows where ``mask`` (B,) is True set to the initial state."""
@@ -186,7 +201,8 @@ class Backbone(nn.Module):
             state: From the call before; the initial state if not given.
             resets: bool, shaped like x without D, True where a new sequence starts at that step.
             mask: bool, likewise, False where a step is not valid and must leave no trace in the
-                state; the output there is meaningless.
+                state, a reset there included (set it at the first valid step of the sequence); the
+                output there is meaningless.
             outputs: Which steps' outputs are returned; for others the last block is not computed
                 beyond its state.
 

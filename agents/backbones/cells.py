@@ -153,7 +153,8 @@ class _MinimalRNN(nn.Module):
             resets: bool, shaped like the input without F; True where a new sequence starts: the
                 state is set back to ``initial_state`` before that step.
             mask: bool, likewise; where False the step is not valid: the state is carried over it,
-                and its input may be anything, NaN included.
+                its input may be anything, NaN included, and a reset there does nothing: set it at
+                the first valid step of the sequence.
 
         Returns:
             The top layer's states, shaped like the input, and the last valid state of every layer,

@@ -76,7 +76,10 @@ def check_input(input: Tensor, weight: Tensor) -> None:
 def check_state(
     state: Tensor, expected: tuple[int, int, int], input: Tensor, name: str = "hidden"
 ) -> None:
-    """Refuse a state of another shape than (num_layers, B, H), or on another device."""
+    """Refuse a state of another shape than (num_layers, B, H), on another device, or of a type.
+
+    It has the input's type or, as the layers return it, float32 for a narrower one.
+    """
     if state.shape != expected:
         raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
     if state.device != input.device:
@@ -84,3 +87,7 @@ def check_state(
             "Input and hidden tensors are not at the same device, found input tensor at "
             f"{input.device} and hidden tensor at {state.device}"
         )
+    types = (input.dtype, torch.promote_types(input.dtype, torch.float32))
+    if state.dtype not in types and not torch.is_autocast_enabled(input.device.type):
+        names = (part.type().rpartition(".")[2].removesuffix("Tensor") for part in (state, input))
+        raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {' and '.join(names)}")

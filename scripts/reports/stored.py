@@ -1,13 +1,14 @@
 """Runs inside a report.json: so much of each that another report can put it beside new runs."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+from minrl.agents.field_types import is_of
 from minrl.errors import ConfigError
 from minrl.scripts.reports.collect import Run, check_evaluation
+from minrl.scripts.train_config import TrainConfig, flatten
 
 FORMAT = 6
 PARTS = {
@@ -66,38 +67,52 @@ def describe_run(run: Run, task: int, shared: dict[str, Any]) -> dict[str, Any]:
     return fields | {"task": task, "settings": settings}
 
 
-def stored_runs(path: Path, study: dict[str, Any]) -> list[Run]:
+def stored_runs(path: Path, study: dict[str, Any]) -> tuple[list[Run], list[dict[str, str]]]:
     """Return the runs of a report as they were read for it, but for their folders.
 
     Args:
         path: Of the report.json, to be named in messages.
         study: What `read_report` returned.
 
+    Returns:
+        The runs, and for each that was not finished its "folder" and the "reason".
+
     Raises:
         ConfigError: If something in it is not as it was written.
     """
     try:
-        return [_restore(stored, study) for stored in study["runs"]]
+        runs = [_restore(stored, study) for stored in study["runs"]]
+        unfinished = [
+            {name: str(item[name]) for name in ("folder", "reason")}
+            for item in study["left_out"][: study["unfinished"]]
+        ]
     except Exception as error:  # of many kinds: anything may be in the files of a stranger
         problem = f"{type(error).__name__}: {error}"
         raise ConfigError(f"the runs in {path} cannot be read: {problem}") from error
+    return runs, unfinished
 
 
 def _restore(stored: dict[str, Any], study: dict[str, Any]) -> Run:
     for evaluation in stored["evaluations"]:
         check_evaluation(evaluation)
     task = study["tasks"][stored["task"]]
-    known = {item.name for item in dataclasses.fields(Run)}
-    fields = {name: _as_tuple(value) for name, value in stored.items() if name in known}
-    is_ours = stored["library"] is None
-    settings = study["settings"] | stored["settings"] | {"run_dir": None} if is_ours else {}
+    types = get_type_hints(Run)
+    fields = {name: _as_tuple(value) for name, value in stored.items() if name in types}
     fields |= {
         "path": None,
         "datasets": tuple(task["id"].split("+")),
         "environment": task["environment"],
-        "settings": {name: _as_tuple(value) for name, value in settings.items()},
+        "settings": {},
         "evaluations": stored["evaluations"],
     }
+    if stored["library"] is None:
+        settings = study["settings"] | stored["settings"] | {"run_dir": None}
+        if missing := flatten(TrainConfig()).keys() - settings.keys():
+            raise ValueError(f"the setting {min(missing)} of {stored['folder']} is missing")
+        fields["settings"] = {name: _as_tuple(value) for name, value in settings.items()}
+    for name, declared in types.items():
+        if get_origin(declared) not in (list, dict) and not is_of(fields[name], declared):
+            raise ValueError(f"{name} of {stored['folder']} is {fields[name]!r:.50}")
     return Run(**fields)
 
 

@@ -23,6 +23,14 @@ each_pair = pytest.mark.parametrize(("ours", "theirs"), PAIRS.values(), ids=PAIR
 each_cell = pytest.mark.parametrize("make", [pair[0] for pair in PAIRS.values()], ids=PAIRS)
 
 
+@pytest.fixture
+def plain_pytorch():
+    """Without oneDNN, whose texts are its own, and which has nn.LSTM in half on some CPUs only."""
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns of GPUs besides
+    yield
+    torch._C._set_mkldnn_enabled(True)
+
+
 def draw(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
@@ -36,6 +44,12 @@ def draw_state(make, *shape):
 def on_meta(state):
     """Return a state on another device than the CPU."""
     return state.to("meta") if isinstance(state, torch.Tensor) else tuple(map(on_meta, state))
+
+
+def to_type(make, dtype):
+    """Return a state of another type."""
+    state = draw_state(make, 1, 4, 5)
+    return state.to(dtype) if isinstance(state, torch.Tensor) else tuple(h.to(dtype) for h in state)
 
 
 def draw_packed(*lengths, in_order=False):
@@ -95,6 +109,8 @@ MISTAKES = {
     "state unbatched": lambda make: make(3, 5)(draw(7, 4, 3), draw_state(make, 1, 5)),
     "state batched": lambda make: make(3, 5)(draw(7, 3), draw_state(make, 1, 4, 5)),
     "state elsewhere": lambda make: make(3, 5)(draw(7, 4, 3), on_meta(draw_state(make, 1, 4, 5))),
+    "state of float64": lambda make: make(3, 5)(draw(7, 4, 3), to_type(make, torch.float64)),
+    "state of integers": lambda make: make(3, 5)(draw(7, 4, 3), to_type(make, torch.int64)),
     "float64 input": lambda make: make(3, 5)(draw(7, 4, 3).double()),
     "integer input": lambda make: make(3, 5)(torch.ones(7, 4, 3, dtype=torch.int64)),
     "no hidden features": lambda make: make(3, 0),
@@ -113,6 +129,7 @@ MISTAKES = {
 
 @each_pair
 @pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.usefixtures("plain_pytorch")
 def test_mistakes_read_alike(mistake, ours, theirs):
     raised = []
     for make in (theirs, ours):
@@ -232,14 +249,16 @@ def test_copies_act_the_same(make):
 
 @each_pair
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("plain_pytorch")
 def test_half_types_and_autocast_give_outputs_of_the_same_type(dtype, ours, theirs):
     half = [make(3, 5).to(dtype)(draw(7, 4, 3).to(dtype))[0].dtype for make in (ours, theirs)]
     assert half[0] == half[1]
-    cell = ours(3, 5)
+    cells = [ours(3, 5), theirs(3, 5)]
     with torch.autocast("cpu", dtype):
-        output, state = cell(draw(7, 4, 3))
+        (output, state), (their_output, _) = [cell(draw(7, 4, 3)) for cell in cells]
     assert output.dtype is dtype
-    state = state[0] if cell.return_cell else state
+    assert their_output.dtype is torch.float32  # autocast on the CPU leaves them alone
+    state = state[0] if cells[0].return_cell else state
     assert state.dtype is torch.float32  # a state in half precision would lose what it sums
 
 
@@ -288,19 +307,27 @@ def test_masks_and_resets_agree_on_the_same_episodes(make):
     torch.testing.assert_close(last[-1], together[0, [3, 9]])
 
 
-@each_cell
-def test_distributed_training_gives_the_gradients_of_training_alone(make, tmp_path):
-    cell = make(3, 5, 2, learn_initial_state=True)
-    x = draw(7, 4, 3)
-    cell(x)[0].square().sum().backward()
-    expected = [parameter.grad.clone() for parameter in cell.parameters()]
-    cell.zero_grad()
+def train_half(rank, folder):
+    """Do what one of two processes does: half of the batch, for each cell; keep the gradients."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    try:
-        DistributedDataParallel(cell)(x)[0].square().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    for parameter, right in zip(cell.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, right)
+    for name, (make, _) in PAIRS.items():
+        torch.manual_seed(rank)  # the weights of the first process are those of both
+        cell = DistributedDataParallel(make(3, 5, 2, learn_initial_state=True))
+        x = draw(7, 4, 3)[:, 2 * rank : 2 * rank + 2]
+        cell(x)[0].square().mean().backward()
+        gradients = [parameter.grad for parameter in cell.parameters()]
+        torch.save(gradients, f"{folder}/{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(train_half, (str(tmp_path),), nprocs=2)
+    for name, (make, _) in PAIRS.items():
+        torch.manual_seed(0)
+        cell = make(3, 5, 2, learn_initial_state=True)
+        cell(draw(7, 4, 3))[0].square().mean().backward()
+        for rank in range(2):
+            gradients = torch.load(tmp_path / f"{name}-{rank}.pt")
+            torch.testing.assert_close(gradients, [p.grad for p in cell.parameters()])

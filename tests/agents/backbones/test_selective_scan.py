@@ -188,3 +188,26 @@ def test_tensors_on_another_device_are_refused(name):
     tensors[name] = tensors[name].to("meta")
     with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
         selective_scan(**tensors, **options)
+
+
+def scan_by_the_convention_of_mamba_ssm(u, delta, A, B, C, *, return_last_state):  # noqa: N803
+    """``selective_scan_fn`` by its docstring: u, delta (B D L), A (D N), B, C (B N L)."""
+    assert return_last_state
+    state = u.new_zeros(*u.shape[:2], A.shape[1])
+    outputs = []
+    for t in range(u.shape[2]):
+        step = delta[:, :, t, None]
+        state = torch.exp(step * A) * state + step * B[:, None, :, t] * u[:, :, t, None]
+        outputs.append((state * C[:, None, :, t]).sum(2))
+    return torch.stack(outputs, 2), state
+
+
+def test_mamba_ssm_is_called_by_its_convention(monkeypatch):
+    """It needs a GPU: what it would be given is put through a loop in its axes and signs."""
+    monkeypatch.setattr(module, "_mamba_ssm", lambda: scan_by_the_convention_of_mamba_ssm)
+    x, delta, rates, enter, read = (torch.rand(3, 17, n) + 0.1 for n in (5, 5, 5, 4, 4))
+    rates = rates[0, :4]
+    expected = selective_scan(x, delta, rates, enter, read)
+    got = module._scan_by_mamba_ssm(x, delta, rates, enter, read)
+    for ours, theirs in zip(expected, got, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)

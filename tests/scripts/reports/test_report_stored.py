@@ -83,10 +83,14 @@ def test_a_report_names_no_path_of_the_machine(write_seed, tmp_path):
 
 def test_a_run_given_twice_counts_once(write_seed, tmp_path):
     write_seed(tmp_path / "runs", 0)
+    (tmp_path / "runs" / WALKER / "mingru-s0" / "evaluations.jsonl").write_text("")
     path = stored([tmp_path / "runs"], tmp_path / "report")
-    study = make_report((path, tmp_path / "runs"), latency=False)
-    assert len(study["runs"]) == len(study["left_out"]) == 7
-    assert study["unfinished"] == 0
+    for paths in ((path, tmp_path / "runs"), (path, path)):
+        study = make_report(paths, latency=False)
+        assert len(study["runs"]) == 6
+        assert study["unfinished"] == 1
+        assert len(study["left_out"]) == 7
+        assert study["left_out"][0]["folder"] == f"{WALKER}/mingru-s0"
 
 
 def test_what_was_unfinished_in_a_report_may_be_finished_by_now(write_seed, tmp_path):
@@ -116,16 +120,30 @@ def test_other_data_than_the_report_was_made_on_is_said(writers, tmp_path):
     assert "Not all runs of hopper medium were trained on the same files" in text
 
 
+def bad_values():
+    """Return fields of a run as no report has them."""
+    return (
+        *({"evaluations": [{"score": "high"}]}, {"evaluations": None}, {"task": 9}),
+        *({"seed": "x"}, {"steps": None}, {"targets": 3}, {"targets": ["high"]}),
+        *({"step_seconds": "x"}, {"references": 1}, {"folder": 1}, {"settings": 1}),
+    )
+
+
 def test_damaged_runs_in_a_report_are_refused(write_seed, tmp_path):
     write_seed(tmp_path / "runs", 0)
     path = stored([tmp_path / "runs"], tmp_path / "report")
     study = json.loads(path.read_text())
+    ours = next(run for run in study["runs"] if run["library"] is None)
     for damage in (
         {"runs": [{}]},
         {"runs": 3},
         {"tasks": []},
         {"settings": []},
-        {"runs": [study["runs"][0] | {"evaluations": [{"score": "high"}]}]},
+        {"unfinished": "3"},
+        {"left_out": 5},
+        {"left_out": ["x"], "unfinished": 1},
+        {"settings": {}},
+        *({"runs": [ours | values]} for values in bad_values()),
     ):
         path.write_text(json.dumps(study | damage))
         with pytest.raises(ConfigError, match="cannot be read"):
