@@ -38,7 +38,7 @@ def benchmark(arguments: Sequence[str]) -> None:
         ConfigError: If they are wrong.
     """
     options = _parser().parse_args(arguments)
-    on_cpu = options.name == "data" and options.device == "auto"
+    on_cpu = options.name in ("data", "libraries") and options.device == "auto"
     device = choose_device("cpu" if on_cpu else options.device)
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"benchmarks run on cpu or cuda, not on {options.device!r}")
@@ -113,12 +113,21 @@ def _run_data(options: argparse.Namespace, report: Report) -> None:
     run_data(options.grid, options.seconds, report)
 
 
+def _run_libraries(options: argparse.Namespace, report: Report) -> None:
+    from minrl.scripts.benchmarks.libraries import run_libraries
+
+    if report.device.type != "cpu":
+        raise ConfigError("the libraries are measured on the CPU: --device cpu")
+    run_libraries(options.grid, options.seconds, report)
+
+
 _BENCHMARKS = {
     "scan": (_run_scan, "the recurrence from pre-activations to states"),
     "layer": (_run_layer, "MinGRU and MinLSTM against nn.GRU and nn.LSTM"),
     "act": (_run_act, "one step of an agent"),
     "train": (_run_train, "one training step; long contexts"),
     "data": (_run_data, "loading a million steps and drawing windows from them"),
+    "libraries": (_run_libraries, "our cores inside TorchRL and sb3-contrib, against their own"),
 }
 
 
@@ -163,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--output", type=Path, default=Path(), help="folder of JSON and picture")
     parser = _Parser(prog="minrl benchmark", description=benchmark.__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="name", required=True, metavar="BENCHMARK")
-    scan, layer, _, train, _ = (
+    scan, layer, _, train, *_ = (
         commands.add_parser(name, parents=[shared], help=text, description=text)
         for name, (_, text) in _BENCHMARKS.items()
     )

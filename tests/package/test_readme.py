@@ -49,6 +49,17 @@ def test_acting_in_many_environments_asks_each_for_its_own_return():
     assert (np.abs(agent._state.returns_to_go - 3400) < 5 * lengths + 5).all()
 
 
+def test_evaluating_with_stable_baselines3(capsys):
+    pytest.importorskip("stable_baselines3")
+    program = programs_of("Use from Python")[2]
+    agent = DecisionAgent(TrajectoryModel(11, 3), target_return=1.0)
+    exec(program, {"agent": agent})  # noqa: S102 - our own
+    mean, deviation = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out))
+    assert 1 < mean < 500  # an untrained agent falls soon
+    assert deviation >= 0
+    assert agent.target_return == 3400
+
+
 @pytest.mark.integration
 def test_training_and_acting_from_python(hopper_id, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

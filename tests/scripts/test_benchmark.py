@@ -39,6 +39,7 @@ QUICK = {
     "act": (),
     "train": ("--profile",),
     "data": (),
+    "libraries": (),
 }
 
 
@@ -67,6 +68,7 @@ def quick_run(tmp_path_factory):
         ("act", "cases", {"minrl DecisionAgent.act", "minrl model.step (eager)"}),
         ("train", "presets", {"quick", "quick, one given batch"}),
         ("data", "loading", {"load_dataset, cached", "load_dataset, first time"}),
+        ("libraries", "cases", {"minrl MinGRUModule", "GRUModule"}),
     ],
     ids=list(QUICK),
 )

@@ -136,6 +136,12 @@ def test_a_core_is_given_what_it_begins_with():
         make_module(core_options={"no_such_option": 1})
 
 
+@pytest.mark.parametrize("option", ["learn_initial_state", "return_cell"])
+def test_options_that_mean_nothing_to_its_states_are_refused(option):
+    with pytest.raises(ValueError, match=f"no {option}"):
+        make_module("minlstm", core_options={option: True})
+
+
 def test_unknown_core_and_image_observations_are_refused():
     with pytest.raises(ValueError, match="core must be one of"):
         make_module("gru")

@@ -47,6 +47,12 @@ def test_a_core_is_given_what_it_begins_with():
         make_network(no_such_option=1)
 
 
+@pytest.mark.parametrize("option", ["learn_initial_state", "return_cell"])
+def test_options_that_mean_nothing_to_its_collectors_are_refused(option):
+    with pytest.raises(ValueError, match=f"no {option}"):
+        make_network("minlstm", **{option: True})
+
+
 @CORES
 def test_shapes_are_those_of_the_librarys_lstm(core):
     theirs = Recurrent(

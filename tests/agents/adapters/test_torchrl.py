@@ -1,4 +1,5 @@
 import copy
+import importlib
 
 import pytest
 import torch
@@ -6,11 +7,14 @@ import torch
 pytest.importorskip("torchrl")
 
 from tensordict import TensorDict
+from torchrl.envs import TensorDictPrimer
 from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 
+from minrl.agents.adapters import torchrl as adapter
 from minrl.agents.adapters.torchrl import BackboneModule, MinGRUModule, MinLSTMModule
 from minrl.agents.backbones.blocks import Backbone
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
+from minrl.errors import AdapterError
 
 KEYS = {"in_key": "x", "out_key": "y"}
 STATE, NEXT_STATE = "recurrent_state", ("next", "recurrent_state")
@@ -225,6 +229,18 @@ def test_a_core_that_does_not_fit_and_arguments_beside_one_are_refused():
         MinGRUModule(gru=torch.nn.GRU(3, 5, batch_first=True), **keys)
     with pytest.raises(ValueError, match="give either gru or"):
         MinGRUModule(gru=MinGRU(3, 5, batch_first=True), num_layers=2, **keys)
+
+
+def test_a_changed_interface_is_named(monkeypatch):
+    def without_expand_specs(self, primers):
+        """Lack an argument."""
+
+    monkeypatch.setattr(TensorDictPrimer, "__init__", without_expand_specs)
+    message = (
+        r"plug into torchrl .*unexpected keyword argument 'expand_specs'.*known to work: 0\.14"
+    )
+    with pytest.raises(AdapterError, match=message):
+        importlib.reload(adapter)
 
 
 @pytest.mark.parametrize("missing", ["x", "is_init"])
