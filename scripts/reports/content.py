@@ -227,8 +227,8 @@ def _evaluation(protocol: dict[str, Any]) -> str:
         f"{' or '.join(map(str, protocol['episodes']))} episodes for each target at the end, their "
         f"start states drawn with seed {protocol['final_seed']} + the run's seed. The best "
         "checkpoint is the one with the highest mean return at the first target while training, on "
-        f"other episodes (seed {protocol['selection_seed']} + the run's seed): nothing is chosen "
-        "on the episodes that are reported."
+        f"other episodes (seed {protocol['selection_seed']} + the run's seed): no checkpoint "
+        "is chosen on the episodes that are reported."
     )
 
 

@@ -311,7 +311,8 @@ def test_only_settings_of_the_preset_are_said_to_have_been_chosen(write_run, tmp
     study = make_report((tmp_path,), latency=False)
     assert study["protocol"]["chosen_on"] == {
         "minGRU on Hopper medium-expert": ["learning rate", "weight decay", "dropout"],
-        "minGRU on Walker2d medium-expert": ["noise on the returns"],
+        "minGRU on Walker2d medium-expert, seeds 0 to 2": ["noise on the returns"],
+        "minGRU's training speed": ["tokens", "context length"],
     }
     page = make_markdown(study | {"made": ""}, {}, {})
     assert "noise on the returns: chosen on minGRU on Walker2d" in page

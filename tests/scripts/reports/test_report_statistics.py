@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minrl.scripts.reports.statistics import (
+    MISSES,
     bootstrap_interval,
     interquartile_mean,
     mean_over_tasks,
@@ -123,6 +124,35 @@ def test_one_in_twenty_differences_of_nothing_looks_like_something(tasks, studie
     least = 0.05 if tasks == 1 else 0.03
     noise = 3 * math.sqrt(0.05 * 0.95 / studies)
     assert least - noise < found / studies < 0.05 + noise
+
+
+SPREADS = {"alike": np.ones(9), "on a few": np.array([1, 13, 16, 0.3, 2.5, 1, 0.2, 6, 2])}
+
+
+def share_of_misses(means, spreads, seeds, studies=600):
+    """Return how often the interval of an interquartile mean misses what it is of."""
+    random = np.random.default_rng(0)
+
+    def draw(runs):
+        return means[:, None] + spreads[:, None] * random.standard_normal((len(means), runs))
+
+    truth, missed = interquartile_mean(list(draw(20_000))), 0
+    for _ in range(studies):
+        chosen = random.integers(0, seeds, (len(means), 500, seeds))
+        drawn = [task[indices] for task, indices in zip(draw(seeds), chosen, strict=True)]
+        low, high = np.percentile(interquartile_mean(drawn), (2.5, 97.5))
+        missed += not low <= truth <= high
+    return missed / studies
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_miss_as_often_as_the_report_says(seeds):
+    said = MISSES[seeds, 9][0]
+    assert share_of_misses(np.linspace(0, 4, 9), SPREADS["alike"], seeds) == pytest.approx(
+        said, abs=0.03
+    )
+    uneven = share_of_misses(np.linspace(0, 60, 9), SPREADS["on a few"], seeds)
+    assert 1.2 * said < uneven < 2.7 * said
 
 
 # Against rliable: point estimates are equal; intervals, which are drawn, agree to a percent point.
