@@ -24,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 PATIENCE = 500  # seconds
 
 
-@pytest.fixture
-def cluster(datasets_path):
-    """A cluster of two nodes with one core each; the driver's node has none."""
+@pytest.fixture(params=[[{"num_cpus": 1}] * 2], ids=["two nodes"])
+def cluster(request, datasets_path):
+    """A cluster of two nodes with one core each, or others; the driver's node has none."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1)
+    for node in request.param:
+        cluster.add_node(**node)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -145,6 +145,24 @@ def test_runs_are_saved_before_an_interrupted_command_ends(hopper_id, tmp_path, 
         step = CheckpointFolder(path / "checkpoints").last()
         assert step >= step_of(path)
         assert f"stopped at step {step} and saved" in path.with_suffix(".log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "at_once"), [(1, 0.25, 4), (2, 0, 3)], ids=["quarters of a GPU", "two cores"]
+)
+@pytest.mark.parametrize(
+    "cluster", [[{"num_cpus": 6, "num_gpus": 1}]], indirect=True, ids=["one node"]
+)
+def test_each_run_is_given_what_it_asks_for(hopper_id, tmp_path, cluster, cpus, gpus, at_once):
+    """Ray counts what a node says it has: no run uses a GPU here."""
+    runs = make_runs(hopper_id, tmp_path / "study", at_once + 1, steps=1_000_000)
+    workers = RayWorkers(runs, cluster.address, cpus=cpus, gpus=gpus)
+    wait_until(lambda: all(step_of(run.run_dir) for run in runs[:at_once]), PATIENCE)
+    assert len(workers.running) == at_once
+    left = ray.available_resources()
+    assert left.get("CPU", 0) == 6 - at_once * cpus
+    assert left.get("GPU", 0) == 1 - at_once * gpus
+    workers.stop(at_once=True)
 
 
 def test_an_address_without_a_cluster_is_an_error():
