@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -299,6 +300,27 @@ def test_a_backbone_says_what_wrappers_ask_a_recurrent_layer():
     backbone = Backbone(WIDTH, 2)
     assert (backbone.input_size, backbone.hidden_size, backbone.num_layers) == (WIDTH, WIDTH, 2)
     assert backbone.batch_first
+    backbone.flatten_parameters()
+
+
+@every_backbone
+def test_first_states_are_made_where_and_in_which_type_they_are_wanted(kind):
+    backbone = make(kind)
+    for part, usual in zip(
+        backbone.initial_state(2, "meta", torch.float16), backbone.initial_state(2), strict=True
+    ):
+        assert (part.device.type, part.shape) == ("meta", usual.shape)
+        assert part.dtype == (torch.float16 if usual.is_floating_point() else usual.dtype)
+
+
+@every_backbone
+def test_what_is_saved_computes_the_same(kind):
+    backbone, x = make(kind), make_inputs()[0]
+    expected, _ = backbone(x)
+    other = Backbone(WIDTH, 2, **KINDS[kind]).double().eval()
+    other.load_state_dict(backbone.state_dict())
+    for copied in (other, pickle.loads(pickle.dumps(backbone))):  # noqa: S301 - our own
+        assert torch.equal(copied(x)[0], expected)
 
 
 def test_options_of_a_mixer_that_there_is_not_are_refused():
