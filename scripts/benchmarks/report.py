@@ -75,7 +75,7 @@ class Report:
         path = self.folder / f"{file_name(self.benchmark, self.device)}.json"
         head = {"benchmark": self.benchmark, **describe_machine(self.device)}
         values = {**head, "settings": self.settings, **self.sections}
-        path.write_text(json.dumps(_rounded(values), indent=1) + "\n")
+        path.write_text(json.dumps(rounded(values), indent=1) + "\n")
         return path
 
     def finish(self) -> None:
@@ -151,12 +151,12 @@ def draw(panels: Sequence[Panel], title: str, axes: tuple[str, str], path: Path)
     return True
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Return JSON values with five digits, which is more than a measurement has."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
+        return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from minrl.scripts import memory_study
+from minrl.scripts import memory_report, memory_study, memory_tasks
 from minrl.scripts.memory_study import Study, curve_of, main
 
 
@@ -11,16 +11,17 @@ from minrl.scripts.memory_study import Study, curve_of, main
 def study(monkeypatch, tmp_path):
     """Two cores on a task of two updates, and updates timed once."""
     config = replace(
-        memory_study.RECALL,
+        memory_tasks.RECALL,
         environment_options={"length": 2},
         num_envs=4,
         num_steps=16,
         hidden_size=8,
         total_steps=128,
     )
-    tasks = {"recall-2": memory_study.Task("Recall, 2 blank steps", config, 0.25)}
-    monkeypatch.setattr(memory_study, "TASKS", tasks)
-    monkeypatch.setattr(memory_study, "ROUNDS", 1)
+    tasks = {"recall-2": memory_tasks.Task("Recall, 2 blank steps", config, 0.25)}
+    for module in (memory_study, memory_report):
+        monkeypatch.setattr(module, "TASKS", tasks)
+    monkeypatch.setattr(memory_report, "ROUNDS", 1)
     return Study(("recall-2",), ("lstm", "mingru"), 2, tmp_path / "runs", tmp_path / "results", 1)
 
 
@@ -36,6 +37,13 @@ def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, monkeyp
     returns = [row["episodic_return"] for row in curve_of(curves[2])]
     assert summary["final_returns"][0] == pytest.approx(returns[-1])
     assert summary["steps"] == 128
+    assert summary["curve"]["steps"] == [64, 128]
+    assert all(
+        low <= mean <= high
+        for low, mean, high in zip(
+            *(summary["curve"][name] for name in ("lowest", "mean", "highest")), strict=True
+        )
+    )
     assert (study.results / "memory.png").stat().st_size > 10_000
     assert "| recall-2 | MinGRU |" in capsys.readouterr().out
 
@@ -65,7 +73,7 @@ def test_finished_runs_are_reported_whatever_is_installed_now(study, monkeypatch
     main(study)
     name, task = "popgym:of-another-machine-v0", memory_study.TASKS["recall-2"]
     popgym = replace(task, config=replace(task.config, environment=name))
-    monkeypatch.setattr(memory_study, "TASKS", {"recall-2": popgym})
+    monkeypatch.setitem(memory_study.TASKS, "recall-2", popgym)
     for path in study.runs.glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"environment": name}))
     monkeypatch.setattr(memory_study.importlib.util, "find_spec", lambda name: None)
