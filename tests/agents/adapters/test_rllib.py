@@ -1,3 +1,5 @@
+import importlib
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -12,10 +14,13 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 import minrl.envs.recall  # noqa: F401 - registers the environment
+from minrl.agents.adapters import rllib as adapter
 from minrl.agents.adapters.rllib import MinimalRecurrentModule
+from minrl.errors import AdapterError
 
 FEATURES, ACTIONS, HIDDEN, LAYERS, ROW = 3, 4, 8, 2, 5
 BOX = gym.spaces.Box(-1.0, 1.0, (FEATURES,), np.float32)
@@ -219,3 +224,13 @@ def test_ppo_learns_to_remember(local_ray):
     # Without memory 0.5; while exploring, from iteration 12 on, 0.98 to 1.0 was seen (seed 0).
     assert play(algorithm.get_module(), 50) >= 0.9
     algorithm.stop()
+
+
+def test_a_changed_interface_is_named(monkeypatch):
+    def _forward_train(self):
+        """Lack the batch."""
+
+    monkeypatch.setattr(TorchRLModule, "_forward_train", _forward_train)
+    message = r"ray .*_forward_train: too many positional arguments.*known to work: 2\.60"
+    with pytest.raises(AdapterError, match=message):
+        importlib.reload(adapter)

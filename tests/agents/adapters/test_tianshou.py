@@ -1,3 +1,5 @@
+import importlib
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from tianshou.trainer import OffPolicyTrainerParams, OnPolicyTrainerParams
 from tianshou.utils.net.common import Recurrent
 from tianshou.utils.net.discrete import DiscreteActor, DiscreteCritic
 
+from minrl.agents.adapters import tianshou as adapter
 from minrl.agents.adapters.tianshou import MinimalRecurrent
 from minrl.envs.partial import HideVelocities
+from minrl.errors import AdapterError
 
 LAYERS, HIDDEN, FEATURES, ACTIONS = 2, 8, 2, 2
 TWO_ACTIONS = gym.spaces.Discrete(ACTIONS)
@@ -214,3 +218,13 @@ def test_ppo_balances_cartpole_without_velocities(core):
 def test_unknown_core_is_refused():
     with pytest.raises(ValueError, match="core must be one of"):
         make_network("gru")
+
+
+def test_a_changed_interface_is_named(monkeypatch):
+    def without_width(self, *, layer_num, state_shape, action_shape):
+        """Lack an argument."""
+
+    monkeypatch.setattr(Recurrent, "__init__", without_width)
+    message = r"tianshou .*unexpected keyword argument 'hidden_layer_size'.*known to work: 2\.0"
+    with pytest.raises(AdapterError, match=message):
+        importlib.reload(adapter)
