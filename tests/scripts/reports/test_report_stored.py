@@ -1,11 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from minrl.errors import ConfigError
 from minrl.scripts.report import make_report, report
 from minrl.scripts.reports.markdown import make_markdown
+from minrl.scripts.reports.stored import read_report
 
+RESULTS = Path(__file__).parents[3] / "results"
 WALKER = "minrl/walker2d/medium-v0"
 
 
@@ -158,3 +161,14 @@ def test_only_methods_with_folders_are_timed(write_seed, tmp_path):
     (tmp_path / "runs" / WALKER / "transformer-s0").rename(other.parent.mkdir() or other)
     timed = make_report((path, other))["latency"]["rows"]
     assert {row["method"] for row in timed} == {"transformer"}
+
+
+@pytest.mark.parametrize("name", ["study", "choices"])
+def test_our_own_reports_are_made_anew_from_their_json(name):
+    path = RESULTS / name / "report.json"
+    study = read_report(path)
+    again = make_report((path,), latency=False)
+    again["latency"] = study["latency"]  # was measured with the agents of these runs
+    numbers, _ = leaves(again)
+    assert len(numbers) > 5_000
+    assert numbers == pytest.approx(leaves(study)[0], rel=1e-3)
