@@ -139,25 +139,19 @@ class _Network(nn.Module):
     Args:
         hidden_size: H.
         num_layers: L.
-        candidate: Of the cell.
-        memory: Of the cell.
-        **_: What PufferLib's configuration holds for other networks.
+        **config: PufferLib's configuration of the network. What is an option of the cell
+            (``candidate``, ``memory``; of a minLSTM also ``normalize``, ``forget_bias``) goes
+            there, what is meant for other networks nowhere.
     """
 
     cell: type[MinGRU]
+    cell_options: tuple[str, ...] = ("candidate", "memory")
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_layers: int = 1,
-        candidate: str = "g",
-        memory: float | None = None,
-        **_,
-    ):
+    def __init__(self, hidden_size: int, num_layers: int = 1, **config):
         super().__init__()
         self.hidden_size, self.num_layers = hidden_size, num_layers
-        options = {"candidate": candidate, "memory": memory, "batch_first": True}
-        self.core = self.cell(hidden_size, hidden_size, num_layers, **options)
+        options = {name: config[name] for name in self.cell_options if name in config}
+        self.core = self.cell(hidden_size, hidden_size, num_layers, batch_first=True, **options)
 
     def initial_state(self, batch_size: int, device: torch.device) -> tuple[Tensor]:
         """Return zeros, ((L, B, H),)."""
@@ -183,3 +177,4 @@ class MinLSTMNetwork(_Network):
     """The same with a minLSTM; see :class:`_Network`."""
 
     cell = MinLSTM
+    cell_options = (*_Network.cell_options, "normalize", "forget_bias")

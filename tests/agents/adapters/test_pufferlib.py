@@ -142,6 +142,11 @@ def test_a_network_passes_on_what_its_cell_begins_with(network):
     assert (core.memory, core.candidate) == (100, "tanh")
 
 
+def test_a_minlstm_network_is_given_its_gates_too():
+    core = MinLSTMNetwork(H, normalize=False, forget_bias=0.0, expansion_factor=1).core
+    assert (core.normalize, core.forget_bias) == (False, 0.0)
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_what_its_trainer_cannot_have_is_refused(wrapper):
     for name in ("learn_initial_state", "return_cell"):
