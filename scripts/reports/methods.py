@@ -25,6 +25,9 @@ NOT_THE_METHOD = (
     *("preset", "device", "run_dir", "log_every", "final_episodes", "backbone"),
 )
 
+# How many runs to each one with the preset's value make another value the report's.
+OUTNUMBERED = 4
+
 
 @dataclass(frozen=True)
 class Method:
@@ -58,8 +61,9 @@ def name_methods(runs: Sequence[Run]) -> list[Method]:
             methods[run.method] = Method(run.method, run.method, library=run.library)
         else:
             families.setdefault(family_of(run.settings), []).append(run)
+    report = _values_of([run for members in families.values() for run in members])
     for family, members in families.items():
-        for run, changes in _changes(members):
+        for run, changes in _changes(members, report):
             parts = [f"{name}={short(value)}" for name, value, _ in changes]
             run.method = ", ".join([family, *parts])
             methods.setdefault(run.method, Method(run.method, family, tuple(changes)))
@@ -84,8 +88,25 @@ def settings_of(run: Run) -> dict[str, Any]:
     return settings
 
 
-def _changes(runs: list[Run]) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
-    """Return for each run of a family the settings that are unusual on its task."""
+def _values_of(runs: Sequence[Run]) -> dict[str, Counter]:
+    """Return by setting how many runs have each value, without those in which it was varied."""
+    values: dict[str, Counter] = {}
+    for run in runs:
+        for name, value in settings_of(run).items():
+            if _varied(run) != name:
+                values.setdefault(name, Counter())[value] += 1
+    return values
+
+
+def _changes(
+    runs: list[Run], report: dict[str, Counter]
+) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
+    """Return for each run of a family the settings that are unusual on its task.
+
+    Args:
+        runs: Of the family.
+        report: `_values_of` all runs, of whatever family.
+    """
     settings = [settings_of(run) for run in runs]
     presets = {run.datasets: _preset_of(run.settings) for run in runs}
     found = [(run, []) for run in runs]
@@ -95,7 +116,8 @@ def _changes(runs: list[Run]) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
         on_tasks: dict[tuple, Counter] = {runs[index].datasets: Counter() for index in having}
         for index in plain:
             on_tasks[runs[index].datasets][settings[index][name]] += 1
-        usual = _usual(on_tasks, {task: presets[task][name] for task in on_tasks})
+        of_presets = {task: presets[task][name] for task in on_tasks}
+        usual = _usual(on_tasks, of_presets, report.get(name, Counter()))
         for index in having:
             value, baseline = settings[index][name], usual[runs[index].datasets]
             if value != baseline:
@@ -103,22 +125,26 @@ def _changes(runs: list[Run]) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
     return found
 
 
-def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any]) -> dict:
+def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any], report: Counter) -> dict:
     """Return the usual value of a setting by task, which a failed run does not change.
 
     Where runs differ it is the preset's value, if some have that, else the commonest of the whole
-    family, as where there is none. A task where all have one value may have it for a reason, and
-    keeps it, unless that is the value of a variant elsewhere: then the runs with the usual one
-    failed here.
+    family, as where there is none. The preset's value does not count where the report is about
+    another: a run of a user's beside a study that was made with fewer steps must not take the name
+    from the study's. A task where all have one value may have it for a reason, and keeps it, unless
+    that is the value of a variant elsewhere: then the runs with the usual one failed here.
 
     Args:
         on_tasks: By task, how many runs have each value, without those in which it was varied.
         presets: By task, the preset's value.
+        report: How many runs of the report have each value, whatever their family.
     """
     anywhere = sum(on_tasks.values(), Counter())
     commonest = max(anywhere, key=anywhere.get)
     winners = {
-        task: presets[task] if presets[task] in values else commonest
+        task: presets[task]
+        if presets[task] in values and report[commonest] < OUTNUMBERED * report[presets[task]]
+        else commonest
         for task, values in on_tasks.items()
         if len(values) > 1
     }

@@ -255,6 +255,20 @@ def test_no_failed_run_makes_a_variant_the_usual(write_run, tmp_path, usual, usu
         assert run.method == expected, run.folder
 
 
+def test_a_run_of_the_preset_takes_no_name_from_a_study_of_another_budget(write_run, tmp_path):
+    for seed in range(3):
+        for backbone in ("mingru", "gru"):
+            for dataset in ("minrl/hopper/medium-v0", OTHER):
+                name = f"{backbone}-s{seed}"
+                write_run(name, dataset=dataset, backbone=backbone, seed=seed, context=15)
+    write_run("mine-s0")
+    write_run("mine-s1", seed=1)
+    by_run, order = names(tmp_path)
+    assert order == ["mingru", "mingru, context=20", "gru"]
+    assert by_run["mingru-s0"] == "mingru"
+    assert by_run["mine-s1"] == "mingru, context=20"
+
+
 def test_a_variant_with_the_value_of_the_preset_is_still_the_variant(write_run, tmp_path):
     for name, context, tokens in (
         ("gru-s0", 50, "joint"),
