@@ -18,9 +18,15 @@ _NAMES = {
 
 def is_of(value: object, declared: type) -> bool:
     """Tell whether a value is of a declared type, such as ``int | None`` or ``tuple[str, ...]``."""
+    if declared is typing.Any:
+        return True
     choices = typing.get_args(declared)
-    if typing.get_origin(declared) is tuple:  # tuple[X, ...]
-        return isinstance(value, tuple) and all(is_of(item, choices[0]) for item in value)
+    if (container := typing.get_origin(declared)) in (tuple, list):  # tuple[X, ...]
+        return isinstance(value, container) and all(is_of(item, choices[0]) for item in value)
+    if container is dict:
+        return isinstance(value, dict) and all(
+            is_of(key, choices[0]) and is_of(item, choices[1]) for key, item in value.items()
+        )
     if choices:
         return any(is_of(value, choice) for choice in choices)
     if declared in (int, float) and isinstance(value, numbers.Integral):

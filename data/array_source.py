@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,23 +44,33 @@ def import_arrays(
     write_columns(_read(Path(path), card), card, on_bad_episode=on_bad_episode)
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of what goes wrong in here that the file cannot be read."""
+    try:
+        yield
+    # RuntimeError: encrypted, or packed in a way that Python cannot unpack
+    except (OSError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        hint = "; make them arrays of numbers" if "Object arrays" in str(error) else ""
+        raise DatasetError(f"{path} cannot be read as an .npz file: {error}{hint}") from error
+
+
 def _read(path: Path, card: DatasetCard) -> Columns:
     if not path.is_file():
         raise DatasetError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):  # numpy would read one array, or look for a pickle
         raise DatasetError(f"{path} is not an .npz file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > bytes_allowed(path.stat().st_size):
-            raise DatasetError(f"{path} would unpack to {unpacked / 2**30:.1f} GiB: refused")
-        with np.load(path, allow_pickle=False) as file:
-            names = file.files
-            given = {name: file[name] for name in Columns._fields if name in names}
-    # RuntimeError: encrypted, or packed in a way that Python cannot unpack
-    except (OSError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        hint = "; make them arrays of numbers" if "Object arrays" in str(error) else ""
-        raise DatasetError(f"{path} cannot be read as an .npz file: {error}{hint}") from error
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        sizes = [(member.filename, member.file_size) for member in archive.infolist()]
+    unpacked = sum(size for name, size in sizes if name.removesuffix(".npy") in Columns._fields)
+    if unpacked > (allowed := bytes_allowed(path.stat().st_size)):
+        raise DatasetError(
+            f"the arrays of {path} unpack to {unpacked / 2**20:,.0f} MiB; {allowed / 2**20:,.0f} "
+            "MiB are allowed, a hundred times the file's size, at least 64 MiB and at most 8 GiB"
+        )
+    with _reading(path), np.load(path, allow_pickle=False) as file:
+        names = file.files
+        given = {name: file[name] for name in Columns._fields if name in names}
     for name in Columns._fields:
         if name not in (*given, "next_observations"):
             hint = f" ({name} are Gymnasium's {_GYMNASIUM[name]})" if name in _GYMNASIUM else ""

@@ -148,11 +148,11 @@ def draw(tasks: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    """Print what memory.json holds as Markdown."""
+def print_returns(tasks: dict[str, dict[str, Any]]) -> None:
+    """Print the summaries by task and core as Markdown."""
     print("\n| task | core | return, mean (each seed) | steps | wall time s | updates s |")
     print("|---|---|---|---|---|---|")
-    for task, cores in result["tasks"].items():
+    for task, cores in tasks.items():
         for core, summary in cores.items():
             each = ", ".join(f"{value:.3g}" for value in summary["final_returns"])
             print(
@@ -160,11 +160,14 @@ def print_tables(result: dict[str, Any]) -> None:
                 f"| {summary['steps']:.0f} | {summary['seconds']:.1f} "
                 f"| {summary['update_seconds']:.1f} |"
             )
+
+
+def print_updates(updates: dict[str, dict[str, float]]) -> None:
+    """Print what `measure_updates` found as Markdown."""
     print("\n| one epoch of updates | min s | median s | times faster than nn.LSTM's loop |")
     print("|---|---|---|---|")
-    loop = result["update"]["lstm"]
-    for name, times in result["update"].items():
-        ratio = loop["median_seconds"] / times["median_seconds"]
+    for name, times in updates.items():
+        ratio = updates["lstm"]["median_seconds"] / times["median_seconds"]
         title = "nn.LSTM, one call, no resets" if name == WHOLE else CORES[name].title
         print(
             f"| {title} | {times['min_seconds']:.3f} "

@@ -95,6 +95,17 @@ def run(config: Config) -> str:
     return f"{config.output.stem}: {last['episodic_return']:.3g} after {last['seconds']:.0f} s"
 
 
+def _shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that all runs on a task have."""
+    own = ("core", "num_layers", "seed")
+    return {name: value for name, value in settings.items() if name not in own}
+
+
+def _updates_in(file: Path) -> dict[str, dict[str, float]]:
+    """Return what updates took when this was last measured, nothing if it never was."""
+    return json.loads(file.read_text())["update"] if file.exists() else {}
+
+
 def report(study: Study) -> None:
     """Write and print what the complete runs say."""
     rows: dict[str, dict[str, list]] = {}
@@ -109,16 +120,16 @@ def report(study: Study) -> None:
             task: {core: memory_report.summary_of(seeds) for core, seeds in cores.items()}
             for task, cores in rows.items()
         },
-        "settings": {task: settings_of(TASKS[task].config) for task in rows},
-        "update": json.loads(file.read_text())["update"]
-        if study.report_only and file.exists()
-        else memory_report.measure_updates(),
+        "settings": {task: _shared(settings_of(TASKS[task].config)) for task in rows},
+        "update": _updates_in(file) if study.report_only else memory_report.measure_updates(),
     }
     study.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rounded(result), indent=1) + "\n")
     if rows:
         memory_report.draw(result["tasks"], study.results / "memory.png")
-    memory_report.print_tables(result)
+    memory_report.print_returns(result["tasks"])
+    if result["update"]:
+        memory_report.print_updates(result["update"])
 
 
 def main(study: Study) -> None:

@@ -16,7 +16,7 @@ from minrl.scripts.reports.latency import measure_latency
 from minrl.scripts.reports.markdown import make_markdown, standalone
 from minrl.scripts.reports.methods import name_methods
 from minrl.scripts.reports.page import make_page
-from minrl.scripts.reports.stored import read_report, stored_runs
+from minrl.scripts.reports.stored import read_report, stored_latency, stored_runs
 from minrl.scripts.reports.summary import summarise
 
 
@@ -28,15 +28,14 @@ def report(runs: tuple[Path, ...], /, output: Path = Path("report"), latency: bo
 
     Args:
         runs: Folders of runs, or with such folders below them; and the report.json of other
-            reports, whose runs count as if their folders were here. One alone makes its pages
-            again.
+            reports, whose runs count as if their folders were here, but that no time of an action
+            can be measured without them. One alone makes its pages again.
         output: Folder to write to.
         latency: Measure how long the agents take to act, which loads their checkpoints.
     """
     if not runs:
         raise ConfigError("name at least one folder of runs")
-    is_made = len(runs) == 1 and runs[0].is_file()
-    study = read_report(runs[0]) if is_made else make_report(runs, latency=latency)
+    study = make_report(runs, latency=latency)
     write_report(study, output)
     for name in ("report.html", "report.md", "report.json"):
         print(f"written: {output / name}")
@@ -49,7 +48,8 @@ def make_report(paths: tuple[Path, ...], *, latency: bool = True) -> dict[str, A
 
     Args:
         paths: Folders, and the report.json of other reports.
-        latency: Measure it, for the methods of which there is a folder.
+        latency: Measure it, for the methods of which there is a folder. A report.json alone keeps
+            its own.
 
     Raises:
         ConfigError: If a path does not exist or is neither, or no finished run is found.
@@ -57,17 +57,20 @@ def make_report(paths: tuple[Path, ...], *, latency: bool = True) -> dict[str, A
     folders = [path for path in paths if not path.is_file()]
     runs, left_out = find_runs(folders) if folders else ([], [])
     were_unfinished = {}
-    for path in paths:
-        if path.is_file():
-            stored, unfinished = stored_runs(path, read_report(path))
-            runs += stored
-            were_unfinished |= {item["folder"]: item for item in unfinished}
+    reports = [(path, read_report(path)) for path in paths if path.is_file()]
+    for path, made in reports:
+        stored, unfinished = stored_runs(path, made)
+        runs += stored
+        were_unfinished |= {item["folder"]: item for item in unfinished}
     known = {run.folder for run in runs} | {item["folder"] for item in left_out}
     left_out += [item for folder, item in were_unfinished.items() if folder not in known]
     methods = name_methods(runs)
     study = summarise(runs, methods, left_out)
-    has_agents = any(run.path for run in runs)
-    study["latency"] = measure_latency(runs, methods) if latency and has_agents else None
+    study["latency"] = None
+    if folders and latency:
+        study["latency"] = measure_latency(runs, methods)
+    elif not folders and len(reports) == 1:
+        study["latency"] = stored_latency(*reports[0], methods)
     study["machine"] = device_name(torch.device("cpu"))
     study["made"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     study["minrl"] = __version__

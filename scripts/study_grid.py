@@ -83,7 +83,8 @@ class StudyConfig:
                 raise ConfigError(f"{name} must name at least one")
         for name, least in (("seeds", 1), ("first_seed", 0), ("workers", 1), ("cpus", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+                flag = name.replace("_", "-")
+                raise ConfigError(f"{flag} must be at least {least}, not {getattr(self, name)}")
         if self.gpus < 0 or (self.gpus and not self.ray):
             raise ConfigError(f"gpus must be at least 0, and 0 without --ray, not {self.gpus}")
         if self.match_parameters and any(field.startswith("width=") for field in self.vary):

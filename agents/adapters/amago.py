@@ -63,7 +63,7 @@ class _BackboneTrajEncoder(TrajEncoder):
     @torch.no_grad()  # AMAGO calls these two outside its own no_grad, to act
     def init_hidden_state(self, batch_size: int, device: torch.device) -> State:
         """Return the learned state before an episode, a tuple of (B, ...) tensors."""
-        return tuple(part.to(device) for part in self.backbone.initial_state(batch_size))
+        return self.backbone.initial_state(batch_size, device)
 
     @torch.no_grad()
     def reset_hidden_state(self, hidden_state: State | None, dones: np.ndarray) -> State | None:

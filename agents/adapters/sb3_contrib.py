@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from minrl.agents.adapters.libraries import check_call, interface_of
+from minrl.agents.adapters.libraries import check_call, interface_of, refuse_options
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
 
 with interface_of("sb3-contrib", install="pip install sb3-contrib", known="2.9"):
@@ -72,8 +72,7 @@ class _MinimalPolicy(RecurrentActorCriticPolicy):
     def __init__(self, *args, lstm_kwargs: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.lstm_kwargs = lstm_kwargs or {}
-        if self.lstm_kwargs.get("return_cell"):
-            raise ValueError("the library's pairs of states are made here: no return_cell")
+        refuse_options(self.lstm_kwargs, return_cell="the library's pairs of states are made here")
         self.lstm_actor = self._make_core()
         if self.lstm_critic is not None:
             self.lstm_critic = self._make_core()

@@ -42,8 +42,11 @@ with interface_of("torchrl", install="pip install torchrl", known="0.14"):
 
 # Of TorchRL's modules, how they compute; here there is one way, the scan.
 BACKEND_OPTIONS = (
-    *("python_based", "recurrent_backend", "recurrent_compute_dtype", "recurrent_recompute"),
+    "python_based",
+    "recurrent_backend",
+    "recurrent_compute_dtype",
     "recurrent_matmul_precision",
+    "recurrent_recompute",
 )
 
 

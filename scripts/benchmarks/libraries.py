@@ -7,7 +7,6 @@ pieces and pad these, and sb3-contrib's policies go through it step by step.
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,17 +29,6 @@ POLICIES = {
 }
 
 
-@dataclass(frozen=True)
-class LibraryCase:
-    """One case.
-
-    Attributes:
-        starts: Episodes that start inside each row (TorchRL), or steps of an episode (sb3-contrib).
-    """
-
-    starts: int
-
-
 def run_libraries(grid: str, seconds: float, report: Report) -> None:
     """Measure and add to the report.
 
@@ -49,28 +37,30 @@ def run_libraries(grid: str, seconds: float, report: Report) -> None:
         seconds: Of the rounds of each contestant in each case.
         report: What to add to.
     """
-    for library, entries, prepare, values, what in (
+    for library, entries, prepare, values, varied in (
         ("torchrl", MODULES, _prepare_module, RESETS, "resets a row"),
         ("sb3-contrib", POLICIES, _prepare_policy, EPISODES, "steps an episode"),
     ):
-        for number in (values[0], values[-1]) if grid == "quick" else values:
+        for value in (values[0], values[-1]) if grid == "quick" else values:
             for core, (module, ours, theirs) in entries.items():
                 contestants = [
                     Contestant(f"minrl {ours}", functools.partial(prepare, module, ours)),
                     Contestant(theirs, functools.partial(prepare, None, theirs)),
                 ]
                 clock = Clock(report.device)
-                outcomes = compete(contestants, LibraryCase(number), clock, seconds=seconds)
-                summary = summarise(outcomes)
-                print_case(f"{library} {core}, {number} {what}", summary)
-                report.add(
-                    "cases", {"library": library, "core": core, what: number, "times": summary}
-                )
+                outcomes = compete(contestants, value, clock, seconds=seconds)
+                case = {"library": library, "core": core, "varied": varied, "value": value}
+                case["times"] = summarise(outcomes)
+                print_case(f"{library} {core}, {value} {varied}", case["times"])
+                report.add("cases", case)
         report.save()
 
 
-def _prepare_module(adapter: str | None, name: str, case: LibraryCase) -> Prepared:
-    """Return forward and backward pass of a TorchRL module over whole sequences."""
+def _prepare_module(adapter: str | None, name: str, resets: int) -> Prepared:
+    """Return forward and backward pass of a TorchRL module over whole sequences.
+
+    In each row so many episodes start, at steps that are drawn, the same for all contestants.
+    """
     from tensordict import TensorDict
     from torchrl import modules
 
@@ -79,11 +69,12 @@ def _prepare_module(adapter: str | None, name: str, case: LibraryCase) -> Prepar
     module = getattr(source, name)(
         input_size=WIDTH, hidden_size=WIDTH, in_key="observation", out_key="embedding", **options
     )
-    observations = torch.randn(ENVIRONMENTS, STEPS, WIDTH)
+    random = torch.Generator().manual_seed(0)
+    observations = torch.randn(ENVIRONMENTS, STEPS, WIDTH, generator=random)
     starts = torch.zeros(ENVIRONMENTS, STEPS, 1, dtype=torch.bool)
     starts[:, 0] = True
     for row in starts[..., 0]:
-        row[1 + torch.randperm(STEPS - 1)[: case.starts]] = True
+        row[1 + torch.randperm(STEPS - 1, generator=random)[:resets]] = True
 
     def run() -> None:
         module.zero_grad()
@@ -95,8 +86,8 @@ def _prepare_module(adapter: str | None, name: str, case: LibraryCase) -> Prepar
     return Prepared(run)
 
 
-def _prepare_policy(adapter: str | None, name: str, case: LibraryCase) -> Prepared:
-    """Return ``RecurrentPPO.train()`` on a rollout that is there already."""
+def _prepare_policy(adapter: str | None, name: str, episode: int) -> Prepared:
+    """Return ``RecurrentPPO.train()`` on a rollout of episodes of so many steps."""
     from sb3_contrib import RecurrentPPO
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -104,7 +95,7 @@ def _prepare_policy(adapter: str | None, name: str, case: LibraryCase) -> Prepar
         importlib.import_module(adapter)  # which makes the policy known
     model = RecurrentPPO(
         name,
-        make_vec_env(_environment_of(case.starts), ENVIRONMENTS),
+        make_vec_env(_environment_of(episode), ENVIRONMENTS),
         n_steps=STEPS,
         batch_size=ENVIRONMENTS * STEPS,
         n_epochs=1,

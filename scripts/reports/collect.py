@@ -59,7 +59,7 @@ class Run:
     targets: tuple[float | None, ...]
     refresh_every: int | None
     evaluations: list[dict[str, Any]]
-    curve: dict[str, Any] = field(default_factory=dict)
+    curve: dict[str, dict[str, list]] = field(default_factory=dict)
     step_seconds: float | None = None
     parameters: int | None = None
     references: tuple[float, float] | None = None
@@ -231,8 +231,13 @@ def check_evaluation(evaluation: dict[str, Any]) -> None:
     """Refuse an evaluation of a run that statistics cannot be made of.
 
     Raises:
-        ValueError: Names what is not a finite number.
+        ValueError: Names what is not a finite number, or no way to choose or ask.
     """
+    if evaluation["checkpoint"] not in ("last", "best"):
+        raise ValueError(f"checkpoint of an evaluation is {evaluation['checkpoint']!r:.50}")
+    for name in ("target", "refresh_every"):
+        if evaluation[name] is not None and not is_finite_number(evaluation[name]):
+            raise ValueError(f"{name} of an evaluation is {evaluation[name]!r:.50}")
     for name in ("step", "episodes", "seed", "return_mean", "return_std", "score"):
         value = evaluation[name]
         if not (is_finite_number(value) or (name == "score" and value is None)):

@@ -1,5 +1,6 @@
 """How long trained agents take to act in one environment, measured in turns."""
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.native_step import COMPILED
+from minrl.agents.native_step import native_step
+from minrl.agents.step_policy import StepPolicy
+from minrl.errors import CheckpointError
 from minrl.scripts.benchmarks.measuring import Clock, Contestant, Prepared, compete
 from minrl.scripts.machine import device_name
 from minrl.scripts.reports.collect import Run
@@ -37,8 +40,9 @@ def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str,
         methods: Which ones; those with changes of settings and outside agents are passed over.
 
     Returns:
-        "device", "threads", and "rows": method, way of acting, whether it is the one trained for,
-        median and p95 in seconds, rounds; or "missing", why it could not be measured.
+        "device", "threads", and "rows": method, way of acting, whether it is the one trained for
+        and by a compiled step, median and p95 in seconds, rounds; or "missing", why it could not be
+        measured.
     """
     contestants, rows = [], []
     runs = [run for run in runs if run.path is not None]
@@ -53,14 +57,19 @@ def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str,
         trained_for = run.refresh_every
         ways = {trained_for} if method.family in MEMORYLESS else {trained_for, RECURRENT, WINDOWED}
         ordered = sorted(ways, key=lambda way, trained_for=trained_for: way != trained_for)
-        for way, is_eager in [(way, False) for way in ordered] + [(RECURRENT, True)]:
-            if is_eager and method.family not in COMPILED:
-                continue
+        has_compiled = _has_compiled_step(run.path)
+        for way, is_eager in [(way, False) for way in ordered] + [(RECURRENT, True)] * has_compiled:
             prepare = functools.partial(_prepare, run.path, way, is_eager)
             acting = way_to_act(way, method.family) + ", eager" * is_eager
             contestants.append(Contestant(f"{method.name} {acting}", prepare))
-            as_trained = way == trained_for and not is_eager
-            rows.append({"method": method.name, "acting": acting, "as_trained": as_trained})
+            rows.append(
+                {
+                    "method": method.name,
+                    "acting": acting,
+                    "as_trained": way == trained_for and not is_eager,
+                    "compiled": has_compiled and way == RECURRENT and not is_eager,
+                }
+            )
     clock = Clock(torch.device("cpu"))
     outcomes = compete(
         contestants,
@@ -77,6 +86,13 @@ def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str,
         row["rounds"] = len(outcome.seconds)
         row["median"], row["p95"] = np.quantile(outcome.seconds, (0.5, 0.95)).tolist()
     return {"device": device_name(clock.device), "threads": torch.get_num_threads(), "rows": rows}
+
+
+def _has_compiled_step(folder: Path) -> bool:
+    """Return whether a run's agent acts recurrently by compiled code, here and now."""
+    with contextlib.suppress(CheckpointError):  # why will be said where it is timed
+        return native_step(StepPolicy(DecisionAgent.load(folder).model)) is not None
+    return False
 
 
 def _prepare(folder: Path, refresh_every: int, is_eager: bool, _case: None) -> Prepared:

@@ -25,7 +25,8 @@ def latency_table(study: dict[str, Any]) -> Table | None:
     rows = []
     for row in study["latency"]["rows"]:
         name = method_cell(study, row["method"])
-        acting = Cell(row["acting"], "as trained" if row["as_trained"] else "")
+        how = [name for name in ("as_trained", "compiled") if row[name]]
+        acting = Cell(row["acting"], ", ".join(how).replace("_", " "))
         if "missing" in row:
             rows.append([name, acting, Cell(MISSING, row["missing"]), *heads_of(*3 * [MISSING])])
             continue
@@ -37,8 +38,8 @@ def latency_table(study: dict[str, Any]) -> Table | None:
         f"the window full; on {machine(study['latency']['device'])}, "
         f"{study['latency']['threads']} thread(s). Recurrent: a state is carried along; windowed: "
         "the last steps are gone through again at every step; cached: keys and values are kept. "
-        "minGRU, minLSTM and GILR have a compiled step; all others run PyTorch operation by "
-        "operation (eager), so what architectures cost is compared with the eager rows."
+        "What is not compiled runs PyTorch operation by operation, as the eager rows do: what "
+        "architectures cost is compared by these."
     )
     heads = ("method", "way of acting", "median", "p95", "actions per second", "calls timed")
     return Table("", heads_of(*heads), rows, [note])

@@ -38,7 +38,7 @@ OF_THE_TASK = ("targets", "return_scale")
 SAYS_NOTHING = {"None", "auto"}
 
 
-# What the preset quick has was chosen on these, by the returns of final episodes.
+# What the preset quick has was chosen on these: by the returns of final episodes, or by speed.
 CHOSEN_ON = {
     "minGRU on Hopper medium-expert": ("learning_rate", "weight_decay", "batch_size", "dropout"),
     "minGRU on Walker2d medium-expert, seeds 0 to 2": ("return_noise",),

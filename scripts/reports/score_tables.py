@@ -49,7 +49,6 @@ def overview(study: dict[str, Any]) -> Table | None:
     marks = [mark_best(_estimates(of, checkpoint, key)) for of, checkpoint, key in columns]
     timed = [row for row in (study["latency"] or {"rows": []})["rows"] if "median" in row]
     latency = {row["method"]: row for row in timed if row["as_trained"]}
-    compiled = {row["method"] for row in timed if row["acting"].endswith("eager")}
     rows = []
     for name in main_methods(study):
         cells = [
@@ -58,7 +57,7 @@ def overview(study: dict[str, Any]) -> Table | None:
         ]
         of_method = [cell for cell in study["cells"] if cell["method"] == name]
         parameters = Cell(range_of([cell["parameters"] for cell in of_method], thousands))
-        times = [_training_cell(of_method), _latency_cell(latency.get(name), name in compiled)]
+        times = [_training_cell(of_method), _latency_cell(latency.get(name))]
         rows.append([method_cell(study, name), *cells, parameters, *times])
     wall_time = ", of outside agents wall time" if study["protocol"]["peers"] else ""
     notes = [
@@ -77,10 +76,11 @@ def _estimates(comparison: dict[str, Any], checkpoint: str, key: str) -> dict[st
     }
 
 
-def _latency_cell(row: dict[str, Any] | None, is_compiled: bool) -> Cell:
+def _latency_cell(row: dict[str, Any] | None) -> Cell:
     if row is None:
         return Cell(MISSING)
-    return Cell(duration(row["median"]), f"p95 {duration(row['p95'])}" + ", compiled" * is_compiled)
+    how = ", compiled" if row["compiled"] else ""
+    return Cell(duration(row["median"]), f"p95 {duration(row['p95'])}{how}")
 
 
 def _training_cell(cells: list[dict[str, Any]]) -> Cell:
@@ -116,10 +116,12 @@ def _how_narrow(comparison: dict[str, Any], which: int) -> str:
         return abs(math.log(size[0] / seeds)) + abs(math.log(size[1] / tasks))
 
     nearest = min(MISSES, key=distance)
+    is_simulated = which == 0 and nearest[1] > 1
+    uneven = ", and about twice as many where most of the spread is on a few tasks" * is_simulated
     return (
         f"With few runs they are too narrow: in simulated studies of {nearest[0]} seeds and "
         f"{counted(range(nearest[1]), 'task')} {100 * MISSES[nearest][which]:.0f} % of them missed "
-        "the truth, not 5 %, and about twice as many where most of the spread is on a few tasks."
+        f"the truth, not 5 %{uneven}."
     )
 
 

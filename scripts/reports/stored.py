@@ -3,11 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
+from minrl.agents.checkpoint import is_finite_number
 from minrl.agents.field_types import is_of
+from minrl.agents.model_config import ModelConfig
+from minrl.agents.training import OptimizationConfig
 from minrl.errors import ConfigError
 from minrl.scripts.reports.collect import Run, check_evaluation
+from minrl.scripts.reports.methods import Method
 from minrl.scripts.train_config import TrainConfig, flatten
 
 FORMAT = 6
@@ -16,6 +20,9 @@ PARTS = {
     *("runs", "unfinished", "left_out", "latency", "machine", "made", "minrl"),
 }
 """What a report.json has at its top."""
+
+LATENCY = {"method": str, "acting": str, "as_trained": bool, "compiled": bool}
+TIMES = {"median": float, "p95": float, "rounds": int}
 
 IN_THE_TASK = ("datasets", "environment")
 OF_THE_MACHINE = ("path", "run_dir")  # a field and a setting
@@ -30,7 +37,7 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         study = json.loads(path.read_text())
         known = study["report"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is not the report.json of a report: {error}") from error
     if known != FORMAT:
         raise ConfigError(f"{path} has format {known}; this version of minrl reads {FORMAT}")
@@ -92,9 +99,34 @@ def stored_runs(path: Path, study: dict[str, Any]) -> tuple[list[Run], list[dict
     return runs, unfinished
 
 
+def stored_latency(
+    path: Path, study: dict[str, Any], methods: Sequence[Method]
+) -> dict[str, Any] | None:
+    """Return the acting latency of a report, see `measure_latency`; None if it has none.
+
+    Args:
+        path: Of the report.json, to be named in messages.
+        study: What `read_report` returned.
+        methods: Of its runs.
+
+    Raises:
+        ConfigError: If it is not as it was written.
+    """
+    if (latency := study["latency"]) is None:
+        return None
+    names = {method.name for method in methods}
+    try:
+        _check_types(latency, {"device": str, "threads": int, "rows": list[dict[str, Any]]})
+        for row in latency["rows"]:
+            _check_types(row, LATENCY | ({"missing": str} if "missing" in row else TIMES))
+            if row["method"] not in names:
+                raise ValueError(f"there is no method {row['method']!r:.50}")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"the acting latency in {path} cannot be read: {error}") from error
+    return latency
+
+
 def _restore(stored: dict[str, Any], study: dict[str, Any]) -> Run:
-    for evaluation in stored["evaluations"]:
-        check_evaluation(evaluation)
     task = study["tasks"][stored["task"]]
     types = get_type_hints(Run)
     fields = {name: _as_tuple(value) for name, value in stored.items() if name in types}
@@ -106,14 +138,43 @@ def _restore(stored: dict[str, Any], study: dict[str, Any]) -> Run:
         "evaluations": stored["evaluations"],
     }
     if stored["library"] is None:
-        settings = study["settings"] | stored["settings"] | {"run_dir": None}
-        if missing := flatten(TrainConfig()).keys() - settings.keys():
-            raise ValueError(f"the setting {min(missing)} of {stored['folder']} is missing")
-        fields["settings"] = {name: _as_tuple(value) for name, value in settings.items()}
-    for name, declared in types.items():
-        if get_origin(declared) not in (list, dict) and not is_of(fields[name], declared):
-            raise ValueError(f"{name} of {stored['folder']} is {fields[name]!r:.50}")
+        fields["settings"] = _settings_of(stored, study)
+    _check_types(fields, types)
+    if not fields["targets"]:
+        raise ValueError("targets are none")
+    for evaluation in fields["evaluations"]:
+        check_evaluation(evaluation)
+    for curve in fields["curve"].values():
+        _check_curve(**curve)
     return Run(**fields)
+
+
+def _settings_of(stored: dict[str, Any], study: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of a run of ours, as `flatten` does."""
+    settings = study["settings"] | stored["settings"] | {"run_dir": None}
+    settings = {name: _as_tuple(value) for name, value in settings.items()}
+    parts = (TrainConfig, ModelConfig, OptimizationConfig)
+    types = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
+    _check_types(settings, {name: types[name] for name in flatten(TrainConfig())})
+    return settings
+
+
+def _check_types(values: dict[str, Any], types: dict[str, Any]) -> None:
+    for name, declared in types.items():
+        if name not in values:
+            raise ValueError(f"{name} is missing")
+        if not is_of(values[name], declared):
+            raise ValueError(f"{name} is {values[name]!r:.50}")
+
+
+def _check_curve(steps: list, score: list, **others: list) -> None:
+    returns = others["return"]
+    if not all(map(is_finite_number, steps + returns)):
+        raise ValueError("steps and returns of a curve are not all numbers")
+    if not all(value is None or is_finite_number(value) for value in score):
+        raise ValueError("scores of a curve are not all numbers")
+    if not len(steps) == len(returns) == len(score):
+        raise ValueError("steps, returns and scores of a curve are not as many")
 
 
 def _as_tuple(value: Any) -> Any:  # which JSON writes as a list

@@ -189,10 +189,12 @@ def test_what_is_no_npz_file_is_refused(tmp_path, save):
     with zipfile.ZipFile(save()) as source, zipfile.ZipFile(text_inside, "w") as target:
         for name in source.namelist():
             target.writestr(name, b"no array" if name == "rewards.npy" else source.read(name))
-    np.savez_compressed(bomb, **make_arrays(), more=np.zeros(10**8, np.uint8))
+    np.savez_compressed(bomb, **make_arrays() | {"rewards": np.zeros(10**7)})
     for path in (text, single, cut, damaged, locked, text_inside, bomb, tmp_path):
         with pytest.raises(DatasetError, match=path.name):
             import_arrays_command(path, id="test/arrays/wrong-v0", **PENDULUM)
+    with pytest.raises(DatasetError, match=r"bomb.npz unpack to 76 MiB; 64 MiB are allowed"):
+        import_arrays_command(bomb, id="test/arrays/wrong-v0", **PENDULUM)
     for path in (tmp_path, tmp_path / "missing.npz"):
         with pytest.raises(DatasetError, match="there is no file"):
             import_arrays_command(path, id="test/arrays/wrong-v0", **PENDULUM)

@@ -80,7 +80,9 @@ def test_finished_runs_are_reported_whatever_is_installed_now(study, monkeypatch
     for again in (study, replace(study, report_only=True)):
         (study.results / "memory.json").unlink()
         main(again)
-        assert "recall-2" in json.loads((study.results / "memory.json").read_text())["tasks"]
+        result = json.loads((study.results / "memory.json").read_text())
+        assert "recall-2" in result["tasks"]
+        assert bool(result["update"]) != again.report_only
     (study.runs / "recall-2-mingru-0.csv").unlink()
     main(study)
     assert "popgym is not installed, left out: recall-2-mingru-0" in capsys.readouterr().out

@@ -84,7 +84,7 @@ WRONG = {
     "none": ({"backbones": ()}, "backbones must name at least one"),
     "preset": ({"preset": "fast"}, "preset must be of quick, paper, not 'fast'"),
     "seeds": ({"seeds": 0}, "seeds must be at least 1, not 0"),
-    "first seed": ({"first_seed": -1}, "first_seed must be at least 0, not -1"),
+    "first seed": ({"first_seed": -1}, "first-seed must be at least 0, not -1"),
     "workers": ({"workers": 0}, "workers must be at least 1, not 0"),
     "gpus": ({"gpus": -1.0}, "gpus must be at least 0"),
     "gpus of this machine": ({"gpus": 0.5}, "and 0 without --ray, not 0.5"),

@@ -270,21 +270,35 @@ def test_a_packed_sequence_is_refused():
         Backbone(WIDTH)(pack_sequence([torch.zeros(3, WIDTH)]))
 
 
-@pytest.mark.parametrize("kind", ["mingru", "minlstm", "mingru-convolution"])
-def test_ours_compiled_copied_and_in_half_types(kind):
-    torch.compiler.reset()
-    backbone = make(kind).float()
+ours = pytest.mark.parametrize("kind", ["mingru", "minlstm", "mingru-convolution"])
+
+
+def make_single(kind):
+    """Return a backbone in float32, and an input with all that may be passed with it."""
     x, resets, mask = make_inputs()
+    backbone = make(kind).float()
     state = tuple(part.detach() for part in backbone.initial_state(3))
-    arguments = {"state": state, "resets": resets, "mask": mask}
-    expected = backbone(x.float(), **arguments)
+    return backbone, x.float(), {"state": state, "resets": resets, "mask": mask}
+
+
+@ours
+def test_compiled_and_copied_ours_compute_the_same(kind):
+    torch.compiler.reset()
+    backbone, x, arguments = make_single(kind)
+    expected = backbone(x, **arguments)
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x.float(), **arguments), expected)
-    torch.testing.assert_close(copy.deepcopy(backbone)(x.float(), **arguments), expected)
+    torch.testing.assert_close(compiled(x, **arguments), expected)
+    torch.testing.assert_close(copy.deepcopy(backbone)(x, **arguments), expected)
+
+
+@ours
+def test_under_autocast_the_state_of_ours_stays_in_single_precision(kind):
+    backbone, x, arguments = make_single(kind)
+    expected, _ = backbone(x, **arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        output, state = backbone(x.float(), **arguments)
-    torch.testing.assert_close(output, expected[0], atol=0.1, rtol=0.1)
-    assert {part.dtype for part in state} <= {torch.float32, torch.bfloat16}
+        output, state = backbone(x, **arguments)
+    torch.testing.assert_close(output, expected, atol=0.1, rtol=0.1)
+    assert {part.dtype for part in state} == {torch.float32}
 
 
 def test_unknown_backbones_and_states_of_others_are_refused():

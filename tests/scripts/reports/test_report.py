@@ -16,12 +16,15 @@ from minrl.agents.step_policy import StepPolicy
 from minrl.errors import ConfigError
 from minrl.scripts.evaluate import EvaluateConfig, evaluate_run
 from minrl.scripts.report import make_report, report, write_report
+from minrl.scripts.reports import latency
 from minrl.scripts.reports.cells import MISSING, mark_best
 from minrl.scripts.reports.collect import find_runs
 from minrl.scripts.reports.content import PICTURES, lead_of
 from minrl.scripts.reports.drawing import RC
 from minrl.scripts.reports.figures import draw_costs
+from minrl.scripts.reports.latency import measure_latency
 from minrl.scripts.reports.markdown import make_markdown
+from minrl.scripts.reports.methods import name_methods
 from minrl.scripts.reports.palette import styles_of
 from minrl.scripts.reports.panels import mean_curve
 from minrl.scripts.reports.score_tables import overview, score_table
@@ -74,16 +77,38 @@ def test_one_real_run_makes_a_report(trained, tmp_path):
     assert run["parameters"] > 10_000
     assert run["step_seconds"] > 0
     assert study["tasks"][0]["score_note"].startswith("embedded minrl data")
-    acting = {row["acting"]: row["median"] for row in study["latency"]["rows"]}
-    assert set(acting) == {"recurrent", "windowed", "recurrent, eager"}
-    assert 0 < acting["recurrent"] < 1
-    if native_step(StepPolicy(DecisionAgent.load(trained).model)):
-        assert acting["recurrent"] < acting["recurrent, eager"]
+    acting = {row["acting"]: row for row in study["latency"]["rows"]}
+    assert 0 < acting["recurrent"]["median"] < 1
+    has_compiled = native_step(StepPolicy(DecisionAgent.load(trained).model)) is not None
+    assert [name for name, row in acting.items() if row["compiled"]] == ["recurrent"] * has_compiled
+    assert set(acting) == {"recurrent", "windowed", *["recurrent, eager"] * has_compiled}
+    cell = overview(study).rows[0][-1]
+    assert cell.below.endswith(", compiled") == has_compiled
+    if has_compiled:
+        assert acting["recurrent"]["median"] < acting["recurrent, eager"]["median"]
     page = (tmp_path / "report.html").read_text()
     assert "One seed, which has no spread" in page
     assert 'class="bold' not in page
     assert "not D4RL-v2 scores" in page
     assert "may not be compared with published D4RL tables" in page
+
+
+def test_what_acts_on_windows_is_not_called_compiled(trained):
+    (run,), _ = find_runs([trained])
+    run.refresh_every = 1
+    timed = measure_latency([run], name_methods([run]))["rows"]
+    (as_trained,) = [row for row in timed if row["as_trained"]]
+    assert (as_trained["acting"], as_trained["compiled"]) == ("windowed", False)
+
+
+def test_without_a_compiler_nothing_is_called_compiled(trained, monkeypatch):
+    monkeypatch.setattr(latency, "native_step", lambda policy: None)
+    (run,), _ = find_runs([trained])
+    timed = measure_latency([run], name_methods([run]))["rows"]
+    assert [(row["acting"], row["compiled"]) for row in timed] == [
+        ("recurrent", False),
+        ("windowed", False),
+    ]
 
 
 def test_a_header_describes_no_more_than_the_weights_beside_it(trained, tmp_path):

@@ -138,9 +138,7 @@ def share_of_misses(means, spreads, seeds, studies=600):
 
     truth, missed = interquartile_mean(list(draw(20_000))), 0
     for _ in range(studies):
-        chosen = random.integers(0, seeds, (len(means), 500, seeds))
-        drawn = [task[indices] for task, indices in zip(draw(seeds), chosen, strict=True)]
-        low, high = np.percentile(interquartile_mean(drawn), (2.5, 97.5))
+        low, high = bootstrap_interval(interquartile_mean, list(draw(seeds)), repetitions=500)
         missed += not low <= truth <= high
     return missed / studies
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from minrl.errors import ConfigError
-from minrl.scripts.report import make_report, report
+from minrl.scripts.report import make_report, report, write_report
 from minrl.scripts.reports.markdown import make_markdown
 from minrl.scripts.reports.stored import read_report
 
@@ -123,12 +123,22 @@ def test_other_data_than_the_report_was_made_on_is_said(writers, tmp_path):
     assert "Not all runs of hopper medium were trained on the same files" in text
 
 
-def bad_values():
+def bad_values(ours):
     """Return fields of a run as no report has them."""
+    (evaluation, *_), (target, *_) = ours["evaluations"], ours["curve"]
+    evaluations = (
+        *({"score": "high"}, {"checkpoint": "first"}, {"target": "x"}, {"refresh_every": "x"}),
+        {"return_mean": float("nan")},
+    )
+    curves = ({"score": 1}, {"score": ["x"]}, {"steps": [1]}, {"return": [float("inf")]})
     return (
-        *({"evaluations": [{"score": "high"}]}, {"evaluations": None}, {"task": 9}),
-        *({"seed": "x"}, {"steps": None}, {"targets": 3}, {"targets": ["high"]}),
-        *({"step_seconds": "x"}, {"references": 1}, {"folder": 1}, {"settings": 1}),
+        *({"evaluations": [evaluation | values]} for values in evaluations),
+        {"evaluations": [{name: evaluation[name] for name in evaluation if name != "checkpoint"}]},
+        *({"curve": {target: ours["curve"][target] | values}} for values in curves),
+        *({"evaluations": None}, {"curve": 5}, {"versions": 5}, {"versions": {"torch": 2}}),
+        *({"task": 9}, {"seed": "x"}, {"steps": None}, {"folder": 1}, {"references": 1}),
+        *({"targets": 3}, {"targets": ["high"]}, {"targets": []}, {"step_seconds": "x"}),
+        *({"settings": 1}, {"settings": {"backbone": [1]}}, {"settings": {"width": "wide"}}),
     )
 
 
@@ -146,11 +156,32 @@ def test_damaged_runs_in_a_report_are_refused(write_seed, tmp_path):
         {"left_out": 5},
         {"left_out": ["x"], "unfinished": 1},
         {"settings": {}},
-        *({"runs": [ours | values]} for values in bad_values()),
+        *({"runs": [ours | values]} for values in bad_values(ours)),
     ):
         path.write_text(json.dumps(study | damage))
         with pytest.raises(ConfigError, match="cannot be read"):
             make_report((path, tmp_path / "runs"), latency=False)
+
+
+def test_damaged_latencies_and_files_are_refused(write_seed, tmp_path):
+    write_seed(tmp_path / "runs", 0)
+    path = stored([tmp_path / "runs"], tmp_path / "report")
+    study = json.loads(path.read_text())
+    row = {"method": "mingru", "acting": "recurrent", "as_trained": True, "compiled": True}
+    row |= {"median": 1e-4, "p95": 2e-4, "rounds": 9}
+    whole = {"device": "cpu", "threads": 1, "rows": [row, row | {"missing": "no checkpoint"}]}
+    path.write_text(json.dumps(study | {"latency": whole}))
+    assert make_report((path,))["latency"] == whole
+    for damage in (
+        *(5, {}, whole | {"rows": 5}, whole | {"threads": None}),
+        *(whole | {"rows": [row | values]} for values in ({"median": "x"}, {"method": "none"})),
+    ):
+        path.write_text(json.dumps(study | {"latency": damage}))
+        with pytest.raises(ConfigError, match=r"latency in .* cannot be read"):
+            make_report((path,))
+    path.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"not the report\.json"):
+        make_report((path,))
 
 
 def test_only_methods_with_folders_are_timed(write_seed, tmp_path):
@@ -158,17 +189,23 @@ def test_only_methods_with_folders_are_timed(write_seed, tmp_path):
     path = stored([tmp_path / "runs"], tmp_path / "report")
     assert make_report((path, path))["latency"] is None
     other = tmp_path / "other" / "transformer-s1"
-    (tmp_path / "runs" / WALKER / "transformer-s0").rename(other.parent.mkdir() or other)
+    other.parent.mkdir()
+    (tmp_path / "runs" / WALKER / "transformer-s0").rename(other)
     timed = make_report((path, other))["latency"]["rows"]
     assert {row["method"] for row in timed} == {"transformer"}
 
 
 @pytest.mark.parametrize("name", ["study", "choices"])
-def test_our_own_reports_are_made_anew_from_their_json(name):
-    path = RESULTS / name / "report.json"
-    study = read_report(path)
-    again = make_report((path,), latency=False)
-    again["latency"] = study["latency"]  # was measured with the agents of these runs
-    numbers, _ = leaves(again)
+def test_our_own_reports_are_what_this_code_makes_of_their_runs(name, tmp_path):
+    folder = RESULTS / name
+    study = read_report(folder / "report.json")
+    again = make_report((folder / "report.json",))
+    again |= {key: study[key] for key in ("made", "machine", "minrl")}
+    (numbers, words), (expected_numbers, expected_words) = leaves(again), leaves(study)
     assert len(numbers) > 5_000
-    assert numbers == pytest.approx(leaves(study)[0], rel=1e-3)
+    assert numbers == pytest.approx(expected_numbers, rel=1e-3)
+    assert words == expected_words
+    write_report(again, tmp_path)
+    for file in ("report.md", "report.html"):
+        assert len((tmp_path / file).read_text()) == len((folder / file).read_text())
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
