@@ -33,13 +33,13 @@ class AgentState:
 
     Attributes:
         model: The model's state, (B, S); its last values are the last action.
-        returns_to_go: What is still asked for, (B,) float64, in reward units.
+        asked_for: What is still asked for, (B,) float64, in reward units.
         timesteps: Step in the episode, (B,) int64; -1 before the first.
         window: The last steps, if the state is rebuilt from them now and then.
     """
 
     model: Tensor
-    returns_to_go: np.ndarray
+    asked_for: np.ndarray
     timesteps: np.ndarray
     window: RecentSteps | None = None
     refresh_every: int = 0
@@ -113,7 +113,8 @@ class DecisionAgent:
 
         Args:
             observations: (B, O), or (O,) for one environment.
-            rewards: Of the step before, (B,) or a number; not needed where an episode starts.
+            rewards: Of the step before, (B,) or a number; not needed where an episode starts, nor
+                looked at where the model's condition is the return of the whole episode.
 
         Returns:
             Actions (B, A), or (A,), float32, inside the bounds of the action space.
@@ -149,7 +150,8 @@ class DecisionAgent:
 
         It asks for ``agent.target_return``, whatever :meth:`reset` was given. SB3 does not pass
         rewards: give its ``evaluate_policy`` ``callback=agent.watch_rewards``, or the agent goes on
-        asking for the whole target return at every step.
+        asking for the whole target return at every step. (Where the model's condition is the return
+        of the whole episode, that is what it should do.)
 
         Args:
             observation: (B, O) or (O,).
@@ -286,17 +288,18 @@ class DecisionAgent:
         """Return the actions and the state after them; a pure function but for the window."""
         if not len(observations):
             return np.zeros((0, self.model.action_size), np.float32), state
-        returns_to_go = _count_down(state, rewards, starts, targets)
+        condition = self.model.config.condition
+        asked_for = _asked_for(state, rewards, starts, targets, condition)
         timesteps = state.timesteps + 1
         timesteps[starts] = 0
-        inputs = (observations, returns_to_go, timesteps, starts, state.model)
+        inputs = (observations, asked_for, timesteps, starts, state.model)
         if state.window is not None or self.model.training:  # in training there may be dropout
             window = (state.window, state.refresh_every)
             actions, model_state = plain_step(self._policy, *inputs, *window)
         else:
             self._step = self._step or fast_step(self._policy)
             actions, model_state = self._step(*inputs)
-        after = AgentState(model_state, returns_to_go, timesteps, state.window, state.refresh_every)
+        after = AgentState(model_state, asked_for, timesteps, state.window, state.refresh_every)
         return actions, after
 
     def _check(self, observations: np.ndarray) -> None:
@@ -325,17 +328,26 @@ def _checked_rewards(rewards: Any, batch: int) -> np.ndarray:
     return rewards
 
 
-def _count_down(
-    state: AgentState, rewards: np.ndarray | None, starts: np.ndarray, targets: np.ndarray
+def _asked_for(
+    state: AgentState,
+    rewards: np.ndarray | None,
+    starts: np.ndarray,
+    targets: np.ndarray,
+    condition: str,
 ) -> np.ndarray:
-    """Return what is still asked for: the target at a start, else less by the last reward."""
+    """Return what is asked for now: the target at a start, else what it was in the step before.
+
+    Less by the last reward, if the model's ``condition`` is the return-to-go.
+    """
     if np.count_nonzero(starts) == len(starts):
         return targets.copy()
+    if condition == "return":
+        return np.where(starts, targets, state.asked_for)
     if rewards is None:
         raise ValueError("act needs the reward of the step before: act(observation, reward)")
     usable = np.isfinite(rewards) | starts
     if not usable.all():
         raise ValueError(f"the reward of environment {usable.argmin()} is not finite")
-    remaining = state.returns_to_go - rewards
+    remaining = state.asked_for - rewards
     remaining[starts] = targets[starts]
     return remaining

@@ -36,9 +36,13 @@ OUTPUTS = ("action", "next_state")
 
 HOW_TO = (
     "state: zeros before the first step, then the next_state of the step before. reset: true where "
-    "an episode starts. return_to_go: the target return where an episode starts, then less by the "
-    "reward of each step. timestep: 0 where an episode starts, then one more each step."
+    "an episode starts. return_to_go: the target return where an episode starts, then {later}. "
+    "timestep: 0 where an episode starts, then one more each step."
 )
+LATER_RETURNS = {
+    "return-to-go": "less by the reward of each step",
+    "return": "the same at every step",
+}
 
 # Steps, and chance of a reset at each, of the rollouts that an artefact is checked on.
 CHECK_BATCHES, CHECK_STEPS, CHECK_RESETS = (1, 3), 40, 0.1
@@ -63,7 +67,7 @@ def description(agent: DecisionAgent) -> dict:
             "action": ["float32", ["batch", model.action_size]],
             "next_state": sizes["state"],
         },
-        "how_to": HOW_TO,
+        "how_to": HOW_TO.format(later=LATER_RETURNS[model.config.condition]),
         "target_return": agent.target_return,
         "action_low": model.action_low.tolist(),
         "action_high": model.action_high.tolist(),
@@ -226,7 +230,8 @@ def _difference(agent: DecisionAgent, policy: Policy, batch: int) -> float:
         observations, scale, _, resets = _inputs(agent.model, generator, batch)
         checked.reset(starts)
         expected = checked.act(observations, rewards)
-        returns = np.where(starts, agent.target_return, returns - rewards)
+        spent = rewards if agent.model.config.condition == "return-to-go" else 0.0
+        returns = np.where(starts, agent.target_return, returns - spent)
         timesteps = np.where(starts, 0, timesteps + 1)
         actions, state = policy(observations, returns.astype(np.float32), timesteps, starts, state)
         differences.append((np.abs(actions - expected) / reach).max())

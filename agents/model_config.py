@@ -11,6 +11,7 @@ DEFAULT_ATTENTION_CONTEXT = 20
 DEFAULT_RETURN_SCALE = 1000.0  # the Decision Transformer's, gym/experiment.py
 
 TOKENS = ("interleaved", "joint", "observation")
+CONDITIONS = ("return-to-go", "return")
 
 # The fields of a ModelConfig that a mixer takes, besides its width.
 MIXER_FIELDS = {
@@ -43,6 +44,9 @@ class ModelConfig:
     tokens: str = "joint"
     """joint: one token a step, about 2.5 times faster to train; interleaved: return, observation
     and action are tokens of their own, as in the paper; observation: nothing but that is seen."""
+    condition: str = "return-to-go"
+    """What a step is told of the return. return-to-go: the rewards from this step on, as in the
+    papers; return: those of the whole episode at every step, so that acting needs no rewards."""
     width: int = 64
     """Features of a token."""
     num_layers: int = 3
@@ -74,7 +78,7 @@ class ModelConfig:
     timestep_std: float = 0.02
     """Standard deviation of these embeddings at the start."""
     return_scale: float | None = None
-    """Returns-to-go are divided by this; by default 1000, as in the papers, or in training on other
+    """Returns are divided by this; by default 1000, as in the papers, or in training on other
     tasks than theirs the largest return in the data."""
 
     @property
@@ -91,6 +95,7 @@ class ModelConfig:
             for name, allowed in (
                 ("backbone", MIXERS),
                 ("tokens", TOKENS),
+                ("condition", CONDITIONS),
                 ("candidate", CANDIDATES),
             )
             if getattr(self, name) not in allowed

@@ -140,6 +140,16 @@ class Episodes:
         """Undiscounted return of each episode in reward units, (E,) float64."""
         return np.add.reduceat(self.rewards, self.offsets[:-1], dtype=np.float64)
 
+    def returns_of_steps(self, condition: str) -> np.ndarray:
+        """Return what each step is told of the return, (N,) float32, in reward units.
+
+        Args:
+            condition: "return-to-go", see :meth:`returns_to_go`, or "return", that of the episode.
+        """
+        if condition == "return-to-go":
+            return self.returns_to_go()
+        return np.repeat(self.returns.astype(np.float32), self.lengths)
+
     def returns_to_go(self) -> np.ndarray:
         """Sum of the rewards from each step to its episode's end, that step's included.
 

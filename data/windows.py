@@ -17,7 +17,8 @@ class Batch:
     Attributes:
         observations: (B, T, O) float32, not normalised.
         actions: (B, T, A) float32.
-        returns_to_go: (B, T) float32 in reward units, each including its own step's reward.
+        returns_to_go: (B, T) float32 in reward units, each including its own step's reward; with
+            the condition "return" those of the whole episodes.
         timesteps: (B, T) int64, index of the step in its episode.
         mask: (B, T) bool, False where the window is padding.
         loss_mask: (B, T) bool, True where the step counts in the loss: ``mask`` without the
@@ -50,6 +51,7 @@ class WindowSampler:
         batch_size: Windows in a batch, B.
         seed: With the step it fixes every batch.
         burn_in: Steps before the start that only warm up the recurrent state.
+        condition: What a step is told, "return-to-go" or the episode's "return".
 
     Attributes:
         batch_size: As given.
@@ -66,6 +68,7 @@ class WindowSampler:
         batch_size: int,
         seed: int,
         burn_in: int = 0,
+        condition: str = "return-to-go",
     ) -> None:
         longest = int(episodes.lengths.max())
         if not 1 <= context <= longest:
@@ -84,7 +87,7 @@ class WindowSampler:
         self.batch_size = batch_size
         self._burn_in = burn_in
         self._seed = seed
-        self._returns_to_go = episodes.returns_to_go()
+        self._returns_to_go = episodes.returns_of_steps(condition)
         self._offsets_in_window = np.arange(min(context + burn_in, longest))
 
     @property

@@ -225,9 +225,10 @@ def difference_to_training(agent: DecisionAgent, episodes: Episodes) -> float:
         for observation, reward in zip(observations, before, strict=True)
     ]
     actions = np.stack(chosen)
-    returns_to_go = agent.target_return - np.cumsum(before)
+    spent = np.cumsum(before) if agent.model.config.condition == "return-to-go" else np.zeros(steps)
+    returns = (agent.target_return - spent).astype(np.float32)
     with torch.no_grad():
-        inputs = (observations, actions, returns_to_go.astype(np.float32), np.arange(steps))
+        inputs = (observations, actions, returns, np.arange(steps))
         tensors = [torch.from_numpy(array)[None].to(agent.device) for array in inputs]
         predicted, _ = agent.model(*tensors)
     return float(np.abs(predicted[0].cpu().numpy() - actions).max())

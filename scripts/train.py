@@ -137,7 +137,7 @@ def complete(config: TrainConfig, episodes: Episodes) -> TrainConfig:
         width = match_width(model, *sizes, config.match_parameters)
         model = dataclasses.replace(model, width=width)
     if model.return_scale is None:
-        largest = float(np.abs(episodes.returns_to_go()).max())
+        largest = float(np.abs(episodes.returns_of_steps(model.condition)).max())
         scale = DEFAULT_RETURN_SCALE if task_of(name or "")[0] else max(largest, 1e-6)
         model = dataclasses.replace(model, return_scale=scale)
     return dataclasses.replace(config, environment=name, targets=tuple(targets), model=model)
@@ -203,6 +203,7 @@ def make_sampler(config: TrainConfig, episodes: Episodes) -> WindowSampler:
         batch_size=config.batch_size,
         seed=config.seed,
         burn_in=config.burn_in,
+        condition=config.model.condition,
     )
 
 

@@ -161,7 +161,7 @@ class TrainConfig:
         ignored = ignored_fields(self.model.backbone)
         tokens = self.model.tokens
         if tokens == "observation":
-            ignored |= {"action_dropout", "max_timestep", "return_noise"}
+            ignored |= {"action_dropout", "condition", "max_timestep", "return_noise"}
         if self.model.backbone == "mlp" and not self.model.convolution and tokens != "joint":
             # It sees the observation's token alone; a joint one holds the action before it.
             ignored |= {"action_dropout", "burn_in", "refresh_every", "return_noise"}

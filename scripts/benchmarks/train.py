@@ -189,6 +189,7 @@ def _make(case: TrainCase) -> tuple[Trainer, WindowSampler]:
         context=config.context,
         batch_size=config.batch_size,
         seed=0,
+        condition=config.model.condition,
     )
     return trainer, sampler
 

@@ -22,6 +22,7 @@ PROTOCOL = {
     "width": "width",
     "num_layers": "blocks",
     "tokens": "tokens",
+    "condition": "return that a step is told",
     "dropout": "dropout",
     "match_parameters": "parameters matched to",
     "best_fraction": "share of the data (best episodes)",

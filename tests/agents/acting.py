@@ -12,6 +12,7 @@ KINDS = {
     "interleaved": {"tokens": "interleaved"},
     "minlstm-convolution": {"tokens": "interleaved", "backbone": "minlstm", "convolution": 4},
     "transformer": {"backbone": "transformer", "attention_context": 1000},
+    "whole-return": {"condition": "return", "max_timestep": 0},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 ROWS = 3
@@ -19,7 +20,7 @@ ROWS = 3
 
 def make_agent(kind="joint", observation_size=5, action_size=2, **options):
     torch.manual_seed(0)
-    config = ModelConfig(width=24, num_layers=2, max_timestep=1200, **KINDS[kind])
+    config = ModelConfig(**{"width": 24, "num_layers": 2, "max_timestep": 1200} | KINDS[kind])
     model = TrajectoryModel(observation_size, action_size, config)
     for name, parameter in model.named_parameters():
         if "bias_h0" in name:

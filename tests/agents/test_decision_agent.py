@@ -11,6 +11,8 @@ from minrl.errors import ConfigError
 def forward_over(agent, observations, actions, rewards, target, first=0):
     """One parallel forward of the model over what an agent saw: (T, B, A)."""
     before = np.concatenate([np.zeros((1, rewards.shape[1])), np.cumsum(rewards, 0)[:-1]])
+    if agent.model.config.condition == "return":
+        before = np.zeros_like(before)
     sequence = [
         torch.from_numpy(np.swapaxes(x, 0, 1).astype(np.float32))
         for x in (observations, actions, target - before)
@@ -167,6 +169,24 @@ def test_what_is_asked_for_before_the_number_of_environments_is_known_is_asked_o
     assert np.array_equal(actions, act_through(agent, observations, rewards))
     agent.reset(num_envs=ROWS)
     assert not np.array_equal(actions, act_through(agent, observations, rewards))
+
+
+def test_who_is_told_the_whole_return_needs_no_rewards():
+    observations, rewards = make_episode(12)
+    agent, states = make_agent("whole-return"), []
+    expected = act_through(agent, observations, rewards)
+    agent.reset(num_envs=ROWS)
+    assert np.array_equal([agent.act(observation) for observation in observations], expected)
+    state = None
+    for observation, action in zip(observations, expected, strict=True):
+        predicted, state = agent.predict(observation, state, np.zeros(ROWS, bool))
+        assert np.array_equal(predicted, action)
+        states.append(state.asked_for)
+    assert (np.stack(states) == 100.0).all()
+
+    agent.reset(np.array([False, True, False]), target_return=7.0)
+    agent.act(observations[0])
+    assert agent._state.asked_for.tolist() == [100.0, 7.0, 100.0]
 
 
 def test_one_environment_needs_no_batch_axis():

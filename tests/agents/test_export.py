@@ -49,7 +49,8 @@ for file in files:
     state = np.zeros((batch, told["inputs"]["state"][1][1]), np.float32)
     returns, timesteps, actions = np.zeros(batch), np.zeros(batch, np.int64), []
     for t, observations in enumerate(episode["observations"]):
-        returns = np.where(starts[t], told["target_return"], returns - rewards[t])
+        spent = rewards[t] if told["model"]["condition"] == "return-to-go" else 0.0
+        returns = np.where(starts[t], told["target_return"], returns - spent)
         timesteps = np.where(starts[t], 0, timesteps + 1)
         inputs = returns.astype(np.float32), timesteps, starts[t], state
         action, state = step(observations, *inputs)
@@ -72,12 +73,13 @@ KINDS = {
     },
     "joint-transformer": {"backbone": "transformer", "attention_context": 5},
     "interleaved-tanh-expanded": {"tokens": "interleaved", "candidate": "tanh", "expansion": 2},
+    "whole-return": {"condition": "return", "max_timestep": 0},
 }
 
 
 def make_agent(kind="joint-mingru", **options):
     torch.manual_seed(0)
-    config = ModelConfig(width=16, num_layers=2, max_timestep=30, **KINDS[kind])
+    config = ModelConfig(**{"width": 16, "num_layers": 2, "max_timestep": 30} | KINDS[kind])
     model = TrajectoryModel(5, 2, config)
     for name, parameter in model.named_parameters():
         if "bias_h0" in name:
@@ -128,6 +130,8 @@ def act_through(agent, episode):
         ("interleaved-minlstm-convolution", "pt2"),
         ("joint-transformer", "onnx"),
         ("joint-transformer", "pt2"),
+        ("whole-return", "onnx"),
+        ("whole-return", "pt2"),
         *(
             pytest.param(kind, to, marks=pytest.mark.slow)
             for kind, to in (
@@ -172,6 +176,8 @@ def test_the_description_is_complete_and_names_this_agent():
     assert told["outputs"]["action"] == ["float32", ["batch", 2]]
     assert (told["target_return"], told["step"], told["environment"]) == (700.0, 7, "X-v0")
     assert told["action_high"] == [3.0, 0.25]
+    assert "then less by the reward of each step" in told["how_to"]
+    assert "then the same at every step" in description(make_agent("whole-return"))["how_to"]
 
 
 def test_a_file_that_acts_differently_is_refused_and_not_left(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def assert_acts_as_plain(agent, batch=3, steps=4):
     """Check that an agent goes on as the plain step would, with the weights it has now."""
     for observations, rewards, *_ in make_inputs(batch, steps):
         before, timesteps = agent._state, agent._state.timesteps + 1
-        returns, starts = before.returns_to_go - rewards, np.zeros(batch, bool)
+        returns, starts = before.asked_for - rewards, np.zeros(batch, bool)
         expected, _ = plain_step(
             agent._policy, observations, returns, timesteps, starts, before.model
         )

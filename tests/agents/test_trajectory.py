@@ -244,6 +244,7 @@ def test_one_step_changes_every_parameter_that_is_used(kind):
         ("expansion", 0),
         ("mlp_ratio", -1),
         ("max_timestep", -1),
+        ("condition", "reward"),
         ("timestep_std", -0.1),
         ("timestep_std", float("inf")),
         ("forget_bias", float("nan")),

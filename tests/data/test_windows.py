@@ -66,6 +66,15 @@ def test_window_is_a_right_padded_stretch_of_one_episode(numbered, context, burn
                 assert not getattr(batch, name)[window, length:].any()
 
 
+def test_windows_may_tell_the_return_of_the_whole_episode(numbered):
+    sizes = {"context": 5, "batch_size": 50, "seed": 0}
+    batch = WindowSampler(numbered, **sizes, condition="return").batch(3)
+    to_go = WindowSampler(numbered, **sizes).batch(3)
+    whole = to_go.returns_to_go[:, 0] + to_go.timesteps[:, 0]  # every reward is 1
+    assert np.array_equal(batch.returns_to_go, whole[:, None] * batch.mask)
+    assert np.array_equal(batch.observations, to_go.observations)
+
+
 def test_every_step_is_drawn_about_equally_often(numbered):
     sampler = WindowSampler(numbered, context=1, batch_size=500, seed=0)
     rows = np.concatenate([sampler.batch(step).observations[:, 0, 0] for step in range(100)])

@@ -46,7 +46,7 @@ def test_acting_in_many_environments_asks_each_for_its_own_return():
     exec(program.replace("range(1000)", "range(60)"), names)  # noqa: S102 - our own
     lengths = agent._state.timesteps + 1
     assert ((lengths < 60) & ~agent._starts.flags).any()
-    assert (np.abs(agent._state.returns_to_go - 3400) < 5 * lengths + 5).all()
+    assert (np.abs(agent._state.asked_for - 3400) < 5 * lengths + 5).all()
 
 
 def test_evaluating_with_stable_baselines3(capsys):

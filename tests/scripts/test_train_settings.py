@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from small_runs import losses_of, make_config, weights_of
+from small_runs import SMALL, losses_of, make_config, weights_of
 
 from minrl import DecisionAgent
 from minrl.agents.backbones.blocks import MIXERS
@@ -41,6 +41,7 @@ UNUSUAL = {
     "best_fraction": 0.4,
     "eval_episodes": 0,
     "final_episodes": 0,
+    "model": dataclasses.replace(SMALL, condition="return"),
     "optimization": OptimizationConfig(ema_decay=0.9),
 }
 
@@ -82,7 +83,8 @@ def test_trained_on_are_the_best_of_the_episodes_that_are_not_held_out(unusual, 
     kept, _ = load_dataset(hopper_id).split(0.3, seed=3)
     assert np.array_equal(episodes.observations, kept.best(0.4).observations)
     assert episodes.num_steps < kept.num_steps
-    assert options == {"context": 7, "batch_size": 8, "seed": 3, "burn_in": 5}
+    sizes = {"context": 7, "batch_size": 8, "seed": 3, "burn_in": 5}
+    assert options == sizes | {"condition": "return"}
 
 
 def test_the_averaged_weights_are_those_that_are_saved(unusual):
