@@ -47,8 +47,11 @@ def overview(study: dict[str, Any]) -> Table | None:
     for title, (of, *_) in zip(titles, columns, strict=True):
         heads.append(Cell(title, counted(of["tasks"], "task")))
     marks = [mark_best(_estimates(of, checkpoint, key)) for of, checkpoint, key in columns]
-    timed = [row for row in (study["latency"] or {"rows": []})["rows"] if "median" in row]
-    latency = {row["method"]: row for row in timed if row["as_trained"]}
+    latency = {
+        row["method"]: row
+        for row in (study["latency"] or {"rows": []})["rows"]
+        if row["as_trained"] and "median" in row
+    }
     rows = []
     for name in main_methods(study):
         cells = [

@@ -12,7 +12,7 @@ from minrl.agents.training import OptimizationConfig
 from minrl.errors import ConfigError
 from minrl.scripts.reports.collect import Run, check_evaluation
 from minrl.scripts.reports.methods import Method
-from minrl.scripts.train_config import TrainConfig, flatten
+from minrl.scripts.train_config import TrainConfig
 
 FORMAT = 6
 PARTS = {
@@ -21,6 +21,14 @@ PARTS = {
 }
 """What a report.json has at its top."""
 
+# Types of what is in a report, by name: of a run, of its settings, of a row of its latency.
+FIELDS = get_type_hints(Run)
+SETTINGS = {
+    name: declared
+    for part in (TrainConfig, ModelConfig, OptimizationConfig)
+    for name, declared in get_type_hints(part).items()
+    if name not in ("model", "optimization")  # whose settings are here too, in one level
+}
 LATENCY = {"method": str, "acting": str, "as_trained": bool, "compiled": bool}
 TIMES = {"median": float, "p95": float, "rounds": int}
 
@@ -128,8 +136,7 @@ def stored_latency(
 
 def _restore(stored: dict[str, Any], study: dict[str, Any]) -> Run:
     task = study["tasks"][stored["task"]]
-    types = get_type_hints(Run)
-    fields = {name: _as_tuple(value) for name, value in stored.items() if name in types}
+    fields = {name: _as_tuple(value) for name, value in stored.items() if name in FIELDS}
     fields |= {
         "path": None,
         "datasets": tuple(task["id"].split("+")),
@@ -139,13 +146,13 @@ def _restore(stored: dict[str, Any], study: dict[str, Any]) -> Run:
     }
     if stored["library"] is None:
         fields["settings"] = _settings_of(stored, study)
-    _check_types(fields, types)
+    _check_types(fields, FIELDS)
     if not fields["targets"]:
         raise ValueError("targets are none")
     for evaluation in fields["evaluations"]:
         check_evaluation(evaluation)
     for curve in fields["curve"].values():
-        _check_curve(**curve)
+        _check_curve(curve)
     return Run(**fields)
 
 
@@ -153,9 +160,7 @@ def _settings_of(stored: dict[str, Any], study: dict[str, Any]) -> dict[str, Any
     """Return all settings of a run of ours, as `flatten` does."""
     settings = study["settings"] | stored["settings"] | {"run_dir": None}
     settings = {name: _as_tuple(value) for name, value in settings.items()}
-    parts = (TrainConfig, ModelConfig, OptimizationConfig)
-    types = {name: kind for part in parts for name, kind in get_type_hints(part).items()}
-    _check_types(settings, {name: types[name] for name in flatten(TrainConfig())})
+    _check_types(settings, SETTINGS)
     return settings
 
 
@@ -167,8 +172,8 @@ def _check_types(values: dict[str, Any], types: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {values[name]!r:.50}")
 
 
-def _check_curve(steps: list, score: list, **others: list) -> None:
-    returns = others["return"]
+def _check_curve(curve: dict[str, list]) -> None:
+    steps, returns, score = (curve[name] for name in ("steps", "return", "score"))
     if not all(map(is_finite_number, steps + returns)):
         raise ValueError("steps and returns of a curve are not all numbers")
     if not all(value is None or is_finite_number(value) for value in score):

@@ -1,11 +1,16 @@
 import dataclasses
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
-from small_runs import step_of, wait_until, weights_of
+from small_runs import (
+    assert_a_study_stops_and_saves,
+    start_study,
+    step_of,
+    wait_until,
+    weights_of,
+)
 
 ray = pytest.importorskip("ray")
 
@@ -107,24 +112,9 @@ def test_stopped_runs_save_and_failed_ones_say_why(hopper_id, tmp_path, cluster)
     assert CheckpointFolder(good.run_dir / "checkpoints").last() >= step_of(good.run_dir)
 
 
-def start_study(address, hopper_id, folder, *, seeds, steps):
-    """Start the command as a user would."""
-    small = "width=16 num-layers=1 batch-size=8 eval-every=500 eval-episodes=0 final-episodes=0"
-    grid = ["--tasks", hopper_id, "--backbones", "mingru", "--seeds", str(seeds)]
-    settings = ["--set", *small.split(), "log-every=10", "device=cpu", f"steps={steps}"]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "minrl", "study", "--ray", address, "--folder", str(folder)),
-            *(*grid, *settings),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_the_command_runs_a_study_on_the_cluster(hopper_id, tmp_path, cluster):
-    with start_study(cluster.address, hopper_id, tmp_path, seeds=3, steps=4) as process:
+    on_ray = ("--ray", cluster.address)
+    with start_study(tmp_path, hopper_id, *on_ray, seeds=3, steps=4) as process:
         output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert "3 of 3 done" in output
@@ -133,18 +123,9 @@ def test_the_command_runs_a_study_on_the_cluster(hopper_id, tmp_path, cluster):
 
 def test_runs_are_saved_before_an_interrupted_command_ends(hopper_id, tmp_path, cluster):
     """With the driver Ray ends its workers, saved or not."""
-    paths = [tmp_path / hopper_id / f"mingru-s{seed}" for seed in range(3)]
-    with start_study(cluster.address, hopper_id, tmp_path, seeds=3, steps=1_000_000) as process:
-        wait_until(lambda: all(map(step_of, paths[:2])), PATIENCE)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, errors
-    assert "the same command goes on" in output
-    assert not paths[2].exists()
-    for path in paths[:2]:
-        step = CheckpointFolder(path / "checkpoints").last()
-        assert step >= step_of(path)
-        assert f"stopped at step {step} and saved" in path.with_suffix(".log").read_text()
+    on_ray = ("--ray", cluster.address)
+    with start_study(tmp_path, hopper_id, *on_ray, seeds=3, steps=1_000_000) as process:
+        assert_a_study_stops_and_saves(process, tmp_path / hopper_id, signal.SIGINT, PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 import dataclasses
-import json
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from small_runs import make_config, step_of, wait_until, weights_of
+from small_runs import (
+    assert_a_study_stops_and_saves,
+    make_config,
+    start_study,
+    step_of,
+    wait_until,
+    weights_of,
+)
 
 from minrl.agents.checkpoint import CheckpointFolder
 from minrl.scripts.run_folder import RunFolder
@@ -16,38 +20,8 @@ from minrl.scripts.train import train
 
 pytestmark = pytest.mark.integration
 
-PROGRAM = """
-import json, sys
-from pathlib import Path
-from minrl.scripts.study import study
-from minrl.scripts.study_grid import StudyConfig
-
-options = {
-    name: tuple(value) if isinstance(value, list) else value
-    for name, value in json.loads(sys.argv[1]).items()
-}
-sys.exit(study(StudyConfig(**{**options, "folder": Path(options["folder"])})))
-"""
 PATIENCE = 120  # seconds; the machine may be busy
 LONG = {"steps": 600, "eval_every": 100, "eval_episodes": 0, "final_episodes": 0, "log_every": 10}
-
-
-def start_study(folder, hopper_id, *, seeds, steps, workers):
-    small = "width=16 num-layers=1 batch-size=8 eval-every=500 eval-episodes=0 final-episodes=0"
-    options = {
-        "tasks": [hopper_id],
-        "backbones": ["mingru"],
-        "seeds": seeds,
-        "set": [*small.split(), "log-every=10", "device=cpu", f"steps={steps}"],
-        "workers": workers,
-        "folder": str(folder),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_a_killed_worker_loses_no_run(hopper_id, tmp_path):
@@ -85,7 +59,7 @@ def test_a_failing_run_stops_no_other_and_is_named(hopper_id, tmp_path, spoil, m
     spoiled = tmp_path / hopper_id / "mingru-s0"
     spoiled.mkdir(parents=True)
     spoil(spoiled)
-    with start_study(tmp_path, hopper_id, seeds=2, steps=4, workers=2) as process:
+    with start_study(tmp_path, hopper_id, "--workers", "2", seeds=2, steps=4) as process:
         output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, errors
     name = f"{hopper_id}/mingru-s0"
@@ -100,23 +74,14 @@ def test_a_failing_run_stops_no_other_and_is_named(hopper_id, tmp_path, spoil, m
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_all_workers_which_save(hopper_id, tmp_path, number):
-    paths = [tmp_path / hopper_id / f"mingru-s{seed}" for seed in (0, 1, 2)]
-    with start_study(tmp_path, hopper_id, seeds=3, steps=1_000_000, workers=2) as process:
-        wait_until(lambda: all(step_of(path) for path in paths[:2]))
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, errors
-    assert "the same command goes on" in output
-    assert not paths[2].exists()
-    for path in paths[:2]:
-        step = CheckpointFolder(path / "checkpoints").last()
-        assert step >= step_of(path)
-        assert f"stopped at step {step} and saved" in path.with_suffix(".log").read_text()
+    two = ("--workers", "2")
+    with start_study(tmp_path, hopper_id, *two, seeds=3, steps=1_000_000) as process:
+        assert_a_study_stops_and_saves(process, tmp_path / hopper_id, number, PATIENCE)
 
 
 def test_workers_save_and_stop_when_the_study_is_killed(hopper_id, tmp_path):
     path = tmp_path / hopper_id / "mingru-s0"
-    with start_study(tmp_path, hopper_id, seeds=1, steps=1_000_000, workers=1) as process:
+    with start_study(tmp_path, hopper_id, seeds=1, steps=1_000_000) as process:
         wait_until(lambda: step_of(path))
         process.kill()
     wait_until(lambda: "and saved" in path.with_suffix(".log").read_text())
