@@ -89,6 +89,8 @@ class RayWorkers:
 
 def connect(address: str) -> Any:
     """Return the `ray` module, connected."""
+    # Ray's own 20 tries are 13 minutes for the address that a dead cluster left behind.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         import ray
     except ImportError as error:

@@ -122,6 +122,7 @@ def test_programs_run_as_they_stand(index, tmp_path):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     environment = {"HOME": str(tmp_path), "PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["RAY_ADDRESS"] = "local"  # whatever cluster is, or was, on this machine
     done = subprocess.run(
         [sys.executable, "-c", PROGRAMS[index]],
         capture_output=True,

@@ -161,7 +161,7 @@ def local_ray(tmp_path_factory):
         home = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(home))
         patch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(home))
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
 
