@@ -44,9 +44,9 @@ class ModelConfig:
     tokens: str = "joint"
     """joint: one token a step, about 2.5 times faster to train; interleaved: return, observation
     and action are tokens of their own, as in the paper; observation: nothing but that is seen."""
-    condition: str = "return-to-go"
-    """What a step is told of the return. return-to-go: the rewards from this step on, as in the
-    papers; return: those of the whole episode at every step, so that acting needs no rewards."""
+    condition: str = "return"
+    """What a step is told of the return. return: the rewards of the whole episode at every step, so
+    that acting needs none; return-to-go: those from this step on, as in the papers."""
     width: int = 64
     """Features of a token."""
     num_layers: int = 3
@@ -72,9 +72,9 @@ class ModelConfig:
     """transformer only: heads of the attention."""
     attention_context: int | None = None
     """transformer only: steps that it looks back on; by default those of a training window."""
-    max_timestep: int = 1000
+    max_timestep: int = 0
     """Timesteps with an embedding of their own; later ones share the last. With 0 there is none,
-    and the model does not see the time."""
+    and the model does not see the time; in the papers it does."""
     timestep_std: float = 0.02
     """Standard deviation of these embeddings at the start."""
     return_scale: float | None = None

@@ -94,7 +94,8 @@ class TrajectoryModel(nn.Module):
         Raises:
             ConfigError: If something in it is impossible.
         """
-        config = ModelConfig(**description["config"])
+        # Before there was a choice the return-to-go was what a model is told.
+        config = ModelConfig(**{"condition": "return-to-go"} | description["config"])
         return cls(description["observation_size"], description["action_size"], config)
 
     def initial_state(self, batch_size: int) -> State:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minrl.errors import DatasetError
+from minrl.errors import ConfigError, DatasetError
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,16 @@ class Episodes:
         """Return what each step is told of the return, (N,) float32, in reward units.
 
         Args:
-            condition: "return-to-go", see :meth:`returns_to_go`, or "return", that of the episode.
+            condition: "return", that of the episode, or "return-to-go", see :meth:`returns_to_go`.
+
+        Raises:
+            ConfigError: If the condition is another one.
         """
+        if condition == "return":
+            return np.repeat(self.returns.astype(np.float32), self.lengths)
         if condition == "return-to-go":
             return self.returns_to_go()
-        return np.repeat(self.returns.astype(np.float32), self.lengths)
+        raise ConfigError(f"condition must be return or return-to-go, not {condition!r}")
 
     def returns_to_go(self) -> np.ndarray:
         """Sum of the rewards from each step to its episode's end, that step's included.

@@ -51,7 +51,7 @@ class WindowSampler:
         batch_size: Windows in a batch, B.
         seed: With the step it fixes every batch.
         burn_in: Steps before the start that only warm up the recurrent state.
-        condition: What a step is told, "return-to-go" or the episode's "return".
+        condition: What a step is told, the episode's "return" or the "return-to-go".
 
     Attributes:
         batch_size: As given.
@@ -68,7 +68,7 @@ class WindowSampler:
         batch_size: int,
         seed: int,
         burn_in: int = 0,
-        condition: str = "return-to-go",
+        condition: str = "return",
     ) -> None:
         longest = int(episodes.lengths.max())
         if not 1 <= context <= longest:

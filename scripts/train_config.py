@@ -37,7 +37,8 @@ PAPER_TASKS = {
 PAPER_DEFAULT = (128, 1e-3)
 # The Decision Transformer's own, for all tasks (gym/experiment.py).
 PAPER_TRANSFORMER = (128, 1e-4)
-# Both papers' code leaves the embeddings of timesteps at nn.Embedding's N(0, 1).
+# Both papers' code has an embedding of each timestep, left at nn.Embedding's N(0, 1).
+PAPER_TIMESTEPS = 1000
 PAPER_TIMESTEP_STD = 1.0
 
 # What is usual with a backbone: Mamba's released code expands by 2, and who clones behaviour sees
@@ -158,14 +159,7 @@ class TrainConfig:
 
     def ignored(self) -> set[str]:
         """Return the names of the fields that this model does not look at."""
-        ignored = ignored_fields(self.model.backbone)
-        tokens = self.model.tokens
-        if tokens == "observation":
-            ignored |= {"action_dropout", "condition", "max_timestep", "return_noise"}
-        if self.model.backbone == "mlp" and not self.model.convolution and tokens != "joint":
-            # It sees the observation's token alone; a joint one holds the action before it.
-            ignored |= {"action_dropout", "burn_in", "refresh_every", "return_noise"}
-        return ignored
+        return ignored_settings(flatten(self))
 
     @property
     def selection_seed(self) -> int:
@@ -252,6 +246,18 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return values | dataclasses.asdict(parts[0]) | dataclasses.asdict(parts[1])
 
 
+def ignored_settings(settings: dict[str, Any]) -> set[str]:
+    """Return the names of those of a flattened configuration that its model does not look at."""
+    backbone, tokens = settings["backbone"], settings["tokens"]
+    ignored = ignored_fields(backbone)
+    if tokens == "observation":
+        ignored |= {"action_dropout", "condition", "max_timestep", "return_noise"}
+    if backbone == "mlp" and not settings["convolution"] and tokens != "joint":
+        # It sees the observation's token alone; a joint one holds the action before it.
+        ignored |= {"action_dropout", "burn_in", "refresh_every", "return_noise"}
+    return ignored
+
+
 def task_of(dataset: str) -> tuple[str | None, str | None]:
     """Return robot and level named in a dataset id: ("hopper", "medium-replay"), else None."""
     words = re.split(r"[^a-z0-9]+", dataset := dataset.lower())
@@ -280,8 +286,10 @@ def paper(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru
     model = ModelConfig(
         backbone,
         tokens="interleaved",
+        condition="return-to-go",
         width=width,
         dropout=0.1,
+        max_timestep=PAPER_TIMESTEPS,
         timestep_std=PAPER_TIMESTEP_STD,
     )
     return TrainConfig(

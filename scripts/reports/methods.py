@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minrl.scripts.reports.collect import Run
-from minrl.scripts.train_config import PRESETS, TrainConfig, flatten
+from minrl.scripts.train_config import PRESETS, TrainConfig, flatten, ignored_settings
 
 BEHAVIOUR_CLONING, BEST_CLONING = "BC", "10 % BC"
 MEMORYLESS = ("mlp", BEHAVIOUR_CLONING, BEST_CLONING)
@@ -79,11 +79,13 @@ def family_of(settings: dict[str, Any]) -> str:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """Return the settings that make a run's method."""
-    settings = {k: v for k, v in run.settings.items() if k not in NOT_THE_METHOD}
+    """Return the settings that make a run's method: of those that are looked at."""
+    other = ignored_settings(run.settings).union(NOT_THE_METHOD)
+    settings = {name: value for name, value in run.settings.items() if name not in other}
     if settings["match_parameters"] is not None:
         settings.pop("width")  # it was chosen to match
-    if settings["attention_context"] == settings["burn_in"] + settings["context"]:
+    window = run.settings["burn_in"] + run.settings["context"]
+    if settings.get("attention_context") == window:
         settings["attention_context"] = None  # as it was before it was filled in
     return settings
 

@@ -5,7 +5,13 @@ from typing import Any
 from minrl.scripts.reports.collect import Run
 from minrl.scripts.reports.comparison import way_to_act
 from minrl.scripts.reports.methods import NOT_THE_METHOD, Method
-from minrl.scripts.train_config import FINAL_SEED, PRESETS, SELECTION_SEED, flatten
+from minrl.scripts.train_config import (
+    FINAL_SEED,
+    PRESETS,
+    SELECTION_SEED,
+    flatten,
+    ignored_settings,
+)
 
 # Settings that a reader must know of, with their names; of others only where methods differ.
 PROTOCOL = {
@@ -13,6 +19,7 @@ PROTOCOL = {
     "steps": "training steps",
     "batch_size": "batch size",
     "context": "context length",
+    "attention_context": "attention context",
     "burn_in": "burn-in steps before the context",
     "learning_rate": "learning rate",
     "schedule": "schedule",
@@ -23,6 +30,7 @@ PROTOCOL = {
     "num_layers": "blocks",
     "tokens": "tokens",
     "condition": "return that a step is told",
+    "max_timestep": "timesteps that it is told",
     "dropout": "dropout",
     "match_parameters": "parameters matched to",
     "best_fraction": "share of the data (best episodes)",
@@ -43,6 +51,10 @@ SAYS_NOTHING = {"None", "auto"}
 CHOSEN_ON = {
     "minGRU on Hopper medium-expert": ("learning_rate", "weight_decay", "batch_size", "dropout"),
     "minGRU on Walker2d medium-expert, seeds 0 to 2": ("return_noise",),
+    "minGRU on Hopper and Walker2d medium-replay and -expert, seeds 0 to 3": (
+        "condition",
+        "max_timestep",
+    ),
     "minGRU's training speed": ("tokens", "context"),
 }
 
@@ -95,12 +107,17 @@ def _compare_settings(
                 labels["+".join(run.datasets), run.environment],
             )
             for run in runs
-            if name in run.settings and run.method in families
+            if run.method in families and _counts(name, run.settings)
         ]
         values = dict.fromkeys(value for value, *_ in found)
         if values.keys() - SAYS_NOTHING and (name in PROTOCOL or len(values) > 1):
             settings[PROTOCOL.get(name, name.replace("_", " "))] = _who_has(found)
     return settings
+
+
+def _counts(name: str, settings: dict[str, Any]) -> bool:
+    """Return whether a run looks at a setting; how it acts is said of all."""
+    return name in settings and (name == "refresh_every" or name not in ignored_settings(settings))
 
 
 def _who_has(found: list[tuple[str, str, str]]) -> dict[str, list[str]]:

@@ -20,7 +20,8 @@ ROWS = 3
 
 def make_agent(kind="joint", observation_size=5, action_size=2, **options):
     torch.manual_seed(0)
-    config = ModelConfig(**{"width": 24, "num_layers": 2, "max_timestep": 1200} | KINDS[kind])
+    config = {"width": 24, "num_layers": 2, "condition": "return-to-go", "max_timestep": 1200}
+    config = ModelConfig(**config | KINDS[kind])
     model = TrajectoryModel(observation_size, action_size, config)
     for name, parameter in model.named_parameters():
         if "bias_h0" in name:

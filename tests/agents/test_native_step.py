@@ -37,7 +37,8 @@ SLOW_KINDS = {
 
 def make_model(kind="joint", **options):
     torch.manual_seed(0)
-    config = {"width": 24, "num_layers": 2, "max_timestep": 30, **(KINDS | SLOW_KINDS)[kind]}
+    config = {"width": 24, "num_layers": 2, "condition": "return-to-go", "max_timestep": 30}
+    config |= (KINDS | SLOW_KINDS)[kind]
     model = TrajectoryModel(5, 2, ModelConfig(**config | options)).eval()
     for name, parameter in model.named_parameters():
         if "bias_h0" in name or "norm" in name:

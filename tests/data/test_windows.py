@@ -38,7 +38,8 @@ def test_batch_depends_on_seed_and_step_alone(numbered):
 
 @pytest.mark.parametrize(("context", "burn_in"), [(1, 0), (5, 0), (5, 3), (30, 0), (30, 30)])
 def test_window_is_a_right_padded_stretch_of_one_episode(numbered, context, burn_in):
-    sampler = WindowSampler(numbered, context=context, batch_size=50, seed=0, burn_in=burn_in)
+    sizes = {"context": context, "burn_in": burn_in, "batch_size": 50}
+    sampler = WindowSampler(numbered, **sizes, seed=0, condition="return-to-go")
     offsets = numbered.offsets
     for step in range(20):
         batch = sampler.batch(step)
@@ -68,8 +69,8 @@ def test_window_is_a_right_padded_stretch_of_one_episode(numbered, context, burn
 
 def test_windows_may_tell_the_return_of_the_whole_episode(numbered):
     sizes = {"context": 5, "batch_size": 50, "seed": 0}
-    batch = WindowSampler(numbered, **sizes, condition="return").batch(3)
-    to_go = WindowSampler(numbered, **sizes).batch(3)
+    batch = WindowSampler(numbered, **sizes).batch(3)
+    to_go = WindowSampler(numbered, **sizes, condition="return-to-go").batch(3)
     whole = to_go.returns_to_go[:, 0] + to_go.timesteps[:, 0]  # every reward is 1
     assert np.array_equal(batch.returns_to_go, whole[:, None] * batch.mask)
     assert np.array_equal(batch.observations, to_go.observations)

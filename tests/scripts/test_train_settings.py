@@ -167,7 +167,10 @@ def test_a_transformer_looks_back_as_far_as_a_window_with_its_burn_in():
 
 def test_returns_of_tasks_that_are_not_the_papers_are_divided_by_the_largest():
     config = TrainConfig(context=1)
-    assert complete(config, toy_episodes([[5.0, -30.0], [7.0]])).model.return_scale == 30.0
+    episodes = toy_episodes([[5.0, -30.0], [7.0]])
+    assert complete(config, episodes).model.return_scale == 25.0
+    to_go = dataclasses.replace(config, model=ModelConfig(condition="return-to-go"))
+    assert complete(to_go, episodes).model.return_scale == 30.0
     assert complete(config, toy_episodes([[0.0]])).model.return_scale == 1e-6
     told = dataclasses.replace(config, model=ModelConfig(return_scale=2.0))
     assert complete(told, toy_episodes([[5.0]])).model.return_scale == 2.0
@@ -185,7 +188,7 @@ def test_a_number_of_parameters_that_no_width_has_is_refused(parameters):
     with pytest.raises(
         ConfigError, match=f"from 783 to 553906179 for mingru here, not {parameters}"
     ):
-        match_width(ModelConfig(max_timestep=0), 11, 3, parameters)
+        match_width(ModelConfig(), 11, 3, parameters)
 
 
 def test_flags_without_effect_are_named(hopper_id, tmp_path):
@@ -197,11 +200,11 @@ def test_flags_without_effect_are_named(hopper_id, tmp_path):
 
 
 def test_flags_that_a_model_without_memory_does_not_look_at_are_named():
-    model = ModelConfig("mlp", tokens="observation", max_timestep=0)
+    model = ModelConfig("mlp", tokens="observation", max_timestep=1000)
     forgetful = dataclasses.replace(quick(backbone="mlp"), model=model, burn_in=3, refresh_every=1)
     assert forgetful.without_effect() == ["burn-in", "max-timestep", "refresh-every"]
     for looking_back in ({"convolution": 4}, {"tokens": "joint"}):
-        changed = dataclasses.replace(model, max_timestep=1000, **looking_back)
+        changed = dataclasses.replace(model, max_timestep=0, **looking_back)
         assert dataclasses.replace(forgetful, model=changed).without_effect() == []
     apart = dataclasses.replace(
         forgetful,

@@ -337,6 +337,10 @@ def test_only_settings_of_the_preset_are_said_to_have_been_chosen(write_run, tmp
     assert study["protocol"]["chosen_on"] == {
         "minGRU on Hopper medium-expert": ["learning rate", "weight decay", "dropout"],
         "minGRU on Walker2d medium-expert, seeds 0 to 2": ["noise on the returns"],
+        "minGRU on Hopper and Walker2d medium-replay and -expert, seeds 0 to 3": [
+            "return that a step is told",
+            "timesteps that it is told",
+        ],
         "minGRU's training speed": ["tokens", "context length"],
     }
     page = make_markdown(study | {"made": ""}, {}, {})
