@@ -102,7 +102,7 @@ class Update:
             predicted, _ = model(
                 inputs["observations"].masked_fill(~mask.unsqueeze(-1), 0.0),
                 actions.masked_fill(~mask.unsqueeze(-1), 0.0),
-                inputs["returns_to_go"].masked_fill(~mask, 0.0),
+                inputs["returns"].masked_fill(~mask, 0.0),
                 inputs["timesteps"],
                 action_dropout=action_dropout,
             )
@@ -133,7 +133,7 @@ class ResidentStep:
         device = update.device
         # A copy only if need be: PyTorch warns of arrays that must not be written to.
         arrays = (torch.from_numpy(np.require(x, requirements="W")) for x in sampler.arrays)
-        self.observations, self.actions, self.returns_to_go = (x.to(device) for x in arrays)
+        self.observations, self.actions, self.returns = (x.to(device) for x in arrays)
         self.offsets = torch.arange(sampler.length, device=device)
         self.windows = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self.return_factors = torch.ones(rows, 1, device=device)
@@ -150,7 +150,7 @@ class ResidentStep:
     def __call__(self, windows: np.ndarray, return_factors: np.ndarray) -> Tensor:
         """Take the step on these windows, (4, B); see :meth:`WindowSampler.windows`.
 
-        Their returns-to-go are multiplied by ``return_factors``, (B, 1) float32.
+        Their returns are multiplied by ``return_factors``, (B, 1) float32.
         """
         write(self.windows, windows)
         write(self.return_factors, return_factors)
@@ -175,8 +175,7 @@ class ResidentStep:
         return {
             "observations": self.observations.index_select(0, taken).unflatten(0, rows.shape),
             "actions": self.actions.index_select(0, taken).unflatten(0, rows.shape),
-            "returns_to_go": self.returns_to_go.index_select(0, taken).view(rows.shape)
-            * self.return_factors,
+            "returns": self.returns.index_select(0, taken).view(rows.shape) * self.return_factors,
             "timesteps": rows - episode_start,
             "mask": mask,
             "loss_mask": mask & (rows >= drawn),

@@ -2,7 +2,7 @@
 
 The artefact is the policy of one step, for any number of environments at once:
 
-    action, next_state = policy(observation, return_to_go, timestep, reset, state)
+    action, next_state = policy(observation, target_return, timestep, reset, state)
 
 It holds normalisation, bounds and the learned initial state. An episode starts where ``reset`` is
 true, whatever the state: begin with zeros. What a caller needs to know is JSON in the file, see
@@ -31,12 +31,12 @@ FORMATS = ("onnx", "pt2")
 DESCRIPTION = "minrl.json"  # the name of the JSON in a .pt2 file
 TOLERANCE = 1e-5
 
-INPUTS = ("observation", "return_to_go", "timestep", "reset", "state")
+INPUTS = ("observation", "target_return", "timestep", "reset", "state")
 OUTPUTS = ("action", "next_state")
 
 HOW_TO = (
     "state: zeros before the first step, then the next_state of the step before. reset: true where "
-    "an episode starts. return_to_go: the target return where an episode starts, then {later}. "
+    "an episode starts. target_return: the target return where an episode starts, then {later}. "
     "timestep: 0 where an episode starts, then one more each step."
 )
 LATER_RETURNS = {
@@ -55,7 +55,7 @@ def description(agent: DecisionAgent) -> dict:
     model = agent.model
     sizes = {
         "observation": ["float32", ["batch", model.observation_size]],
-        "return_to_go": ["float32", ["batch"]],
+        "target_return": ["float32", ["batch"]],
         "timestep": ["int64", ["batch"]],
         "reset": ["bool", ["batch"]],
         "state": ["float32", ["batch", StepPolicy(model).state_size]],

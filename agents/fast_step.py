@@ -45,7 +45,7 @@ class GraphStep:
     def __call__(
         self,
         observations: np.ndarray,
-        returns_to_go: np.ndarray,
+        returns: np.ndarray,
         timesteps: np.ndarray,
         starts: np.ndarray,
         state: Tensor,
@@ -53,7 +53,7 @@ class GraphStep:
         """Return the actions and the next state; see :meth:`StepPolicy.forward`."""
         arrays = (
             np.require(observations, requirements="CW"),
-            returns_to_go.astype(np.float32),
+            returns.astype(np.float32),
             timesteps,
             starts,
         )

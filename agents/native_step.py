@@ -65,7 +65,7 @@ class NativeStep:
     def __call__(
         self,
         observations: np.ndarray,
-        returns_to_go: np.ndarray,
+        returns: np.ndarray,
         timesteps: np.ndarray,
         starts: np.ndarray,
         state: Tensor,
@@ -78,12 +78,12 @@ class NativeStep:
             if self._counted() != self._count or self._is_time_to_look(starts):
                 self._renew()
             if not self._fits:
-                inputs = (observations, returns_to_go, timesteps, starts, state)
+                inputs = (observations, returns, timesteps, starts, state)
                 return plain_step(self.policy, *inputs)
             if batch != self._batch:
                 self._allocate(batch)
             self._observations[...] = observations
-            self._returns[...] = returns_to_go
+            self._returns[...] = returns
             self._timesteps[...] = timesteps
             self._starts[...] = starts
             after = torch.empty_like(state)

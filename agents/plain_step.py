@@ -18,7 +18,7 @@ SINGLE_THREAD_BELOW = 256
 def plain_step(
     policy: StepPolicy,
     observations: np.ndarray,
-    returns_to_go: np.ndarray,
+    returns: np.ndarray,
     timesteps: np.ndarray,
     starts: np.ndarray,
     state: Tensor,
@@ -30,7 +30,7 @@ def plain_step(
     Args:
         policy: What to compute.
         observations: (B, O) float32.
-        returns_to_go: (B,), in reward units.
+        returns: (B,), in reward units.
         timesteps: (B,) int64.
         starts: (B,) bool.
         state: (B, S), on the policy's device.
@@ -40,7 +40,7 @@ def plain_step(
     model = policy.model
     arrays = (
         np.require(observations, requirements="CW"),
-        returns_to_go.astype(np.float32),
+        returns.astype(np.float32),
         timesteps,
     )
     inputs = tuple(torch.from_numpy(array).to(state.device) for array in arrays)

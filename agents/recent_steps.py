@@ -15,7 +15,7 @@ class RecentSteps:
         zeros = model.action_low.new_zeros
         self.observations = zeros(batch, context, model.observation_size)
         self.actions = zeros(batch, context, model.action_size)
-        self.returns_to_go = zeros(batch, context)
+        self.returns = zeros(batch, context)
         self.timesteps = zeros(batch, context, dtype=torch.long)
         self.lengths = zeros(batch, dtype=torch.long)
         self.rows = torch.arange(batch, device=self.lengths.device)
@@ -23,7 +23,7 @@ class RecentSteps:
     def append(
         self,
         observations: Tensor,
-        returns_to_go: Tensor,
+        returns: Tensor,
         timesteps: Tensor,
         previous_actions: Tensor,
         starts: np.ndarray,
@@ -35,12 +35,12 @@ class RecentSteps:
         self.actions[before, self.lengths[before] - 1] = previous_actions[before]
         self.lengths = torch.where(going_on, self.lengths, 0)
         full = self.lengths == context
-        for kept in (self.observations, self.actions, self.returns_to_go, self.timesteps):
+        for kept in (self.observations, self.actions, self.returns, self.timesteps):
             kept[full, :-1] = kept[full, 1:].clone()
         self.lengths = self.lengths.clamp(max=context - 1) + 1
         last = self.lengths - 1
         self.observations[self.rows, last] = observations
-        self.returns_to_go[self.rows, last] = returns_to_go
+        self.returns[self.rows, last] = returns
         self.timesteps[self.rows, last] = timesteps
 
     def predict(self, model: TrajectoryModel) -> Tensor:
@@ -48,7 +48,7 @@ class RecentSteps:
 
         Rows shorter than the others end early, and no step looks ahead: there is no mask.
         """
-        every, _ = model(self.observations, self.actions, self.returns_to_go, self.timesteps)
+        every, _ = model(self.observations, self.actions, self.returns, self.timesteps)
         return every[self.rows, self.lengths - 1]
 
     def refresh(
@@ -65,7 +65,7 @@ class RecentSteps:
         every, rebuilt = model(
             self.observations,
             self.actions,
-            self.returns_to_go,
+            self.returns,
             self.timesteps,
             mask=steps < self.lengths.unsqueeze(1),
         )

@@ -43,7 +43,7 @@ class StepPolicy(nn.Module):
     def forward(
         self,
         observation: Tensor,
-        return_to_go: Tensor,
+        target_return: Tensor,
         timestep: Tensor,
         reset: Tensor | None,
         state: Tensor,
@@ -52,20 +52,20 @@ class StepPolicy(nn.Module):
 
         Args:
             observation: (B, O) float32; what no environment shows is cut down to ``LARGEST``.
-            return_to_go: (B,) float32, in reward units; cut down likewise.
+            target_return: (B,) float32, in reward units; cut down likewise.
             timestep: (B,) int64.
             reset: (B,) bool, True where an episode starts, whatever the state there.
             state: (B, S) float32.
         """
         model = self.model
-        seen = without_outliers(model, observation, return_to_go)
+        seen = without_outliers(model, observation, target_return)
         predicted, after = model.step(*seen, timestep, self.split(state), reset)
         action = inside_bounds(model, predicted)
         return action, self.join((*after[:-1], action))
 
 
 def without_outliers(
-    model: TrajectoryModel, observations: Tensor, returns_to_go: Tensor
+    model: TrajectoryModel, observations: Tensor, returns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return observations, (B, O), and returns, (B,), cut down to where float32 can follow.
 
@@ -74,7 +74,7 @@ def without_outliers(
     """
     room, most = LARGEST * model.observation_std, LARGEST * model.return_scale
     low, high = model.observation_mean - room, model.observation_mean + room
-    return observations.clamp(low, high), returns_to_go.clamp(-most, most)
+    return observations.clamp(low, high), returns.clamp(-most, most)
 
 
 def inside_bounds(model: TrajectoryModel, actions: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class OptimizationConfig:
     action_dropout: float = 0.0
     """Chance to hide a previous action from the model, so that it cannot lean on copying it."""
     return_noise: float = 0.1
-    """Standard deviation of a factor, drawn for each window, that makes its returns-to-go too high
+    """Standard deviation of a factor, drawn for each window, that makes its returns too high
     or too low, so that the model does not lean on their exact values."""
     ema_decay: float = 0.0
     """Decay a step of the averaged weights that act; 0: the weights themselves act."""
@@ -188,9 +188,9 @@ class Trainer:
             TrainingError: After ten skipped steps in a row; the weights are those before them. (On
                 a GPU one step later: it is not waited for.)
         """
-        factors = self._return_factors(len(batch.returns_to_go))[self._rows]
+        factors = self._return_factors(len(batch.returns))[self._rows]
         mine = batch.rows(self._rows)
-        inputs = self._on_device(replace(mine, returns_to_go=mine.returns_to_go * factors))
+        inputs = self._on_device(replace(mine, returns=mine.returns * factors))
         self._begin(batch.loss_mask.sum())
         return self._take(lambda: self.update(inputs))
 

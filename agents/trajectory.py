@@ -23,13 +23,14 @@ from minrl.errors import ConfigError
 
 
 class TrajectoryModel(nn.Module):
-    """Predict each action from the returns-to-go, observations and actions up to it.
+    """Predict each action from the returns, observations and actions up to it.
 
     Tokens of step t are (a_{t-1}, R_t, s_t), the previous action first, so that one call per step
     is all it takes online; without a previous action (the start of a sequence) its token is left
     out, and the sequence reads R_0 s_0 a_0 R_1 s_1 ... as in the papers. Each embedding is a linear
-    map plus the embedding of its timestep, followed by LayerNorm and dropout; the action comes from
-    the state token through LayerNorm, a linear map and tanh, scaled to the bounds.
+    map, plus the embedding of its timestep if the model sees the time, followed by LayerNorm and
+    dropout; the action comes from the state token through LayerNorm, a linear map and tanh, scaled
+    to the bounds.
 
     The state is a tuple of (B, ...) tensors: the backbone's, then the last action, (B, A).
 
@@ -107,7 +108,7 @@ class TrajectoryModel(nn.Module):
         self,
         observations: Tensor,
         actions: Tensor,
-        returns_to_go: Tensor,
+        returns: Tensor,
         timesteps: Tensor,
         *,
         state: State | None = None,
@@ -120,7 +121,8 @@ class TrajectoryModel(nn.Module):
         Args:
             observations: (B, T, O).
             actions: The actions taken, (B, T, A); a_t is seen only after step t.
-            returns_to_go: Sum of rewards from step t on, (B, T).
+            returns: What each step is told of the return, (B, T), in reward units: of the whole
+                episode or from the step on, by the configuration's ``condition``.
             timesteps: Step in the episode, (B, T) integer.
             state: From the call before, to go on where it ended; a new sequence if not given.
             resets: (B, T) bool, True where a new episode starts at that step.
@@ -134,7 +136,7 @@ class TrajectoryModel(nn.Module):
         if mask is not None:
             observations = observations.masked_fill(~mask.unsqueeze(-1), 0.0)
             actions = actions.masked_fill(~mask.unsqueeze(-1), 0.0)
-            returns_to_go = returns_to_go.masked_fill(~mask, 0.0)
+            returns = returns.masked_fill(~mask, 0.0)
             timesteps = timesteps.masked_fill(~mask, 0)
         if state is None:
             backbone_state = None
@@ -143,7 +145,7 @@ class TrajectoryModel(nn.Module):
             backbone_state, last_action = state[:-1], state[-1]
         taken = _actions_before(actions, last_action.to(actions.dtype), mask)
         embedded = self._embed(
-            observations, taken[:, :-1], returns_to_go, timesteps, resets, action_dropout
+            observations, taken[:, :-1], returns, timesteps, resets, action_dropout
         )
         # Without a past, the sequence starts at the first return: no action token before it.
         interleaved = self.config.tokens == "interleaved"
@@ -162,7 +164,7 @@ class TrajectoryModel(nn.Module):
     def step(
         self,
         observation: Tensor,
-        return_to_go: Tensor,
+        target_return: Tensor,
         timestep: Tensor,
         state: State,
         reset: Tensor | None = None,
@@ -171,7 +173,7 @@ class TrajectoryModel(nn.Module):
 
         Args:
             observation: (B, O).
-            return_to_go: (B,).
+            target_return: What the step is told of the return, (B,), in reward units.
             timestep: (B,) integer.
             state: From the step before, or ``initial_state(B)``. Its last tensor is the action
                 taken at the step before; replace it if the caller changed the action.
@@ -185,7 +187,7 @@ class TrajectoryModel(nn.Module):
         predicted, after = self(
             observation.unsqueeze(1),
             unseen,
-            return_to_go.unsqueeze(1),
+            target_return.unsqueeze(1),
             timestep.unsqueeze(1),
             state=state,
             resets=None if reset is None else reset.unsqueeze(1),
@@ -197,7 +199,7 @@ class TrajectoryModel(nn.Module):
         self,
         observations: Tensor,
         previous: Tensor,
-        returns_to_go: Tensor,
+        returns: Tensor,
         timesteps: Tensor,
         resets: Tensor | None,
         action_dropout: float,
@@ -212,13 +214,13 @@ class TrajectoryModel(nn.Module):
         if self.training and action_dropout:
             hidden = torch.rand(batch, length, 1, device=seen.device) < action_dropout
             seen = seen.masked_fill(hidden, 0.0)
-        returns = self.embed_return(returns_to_go.unsqueeze(-1) / self.return_scale)
+        told = self.embed_return(returns.unsqueeze(-1) / self.return_scale)
         if self.config.tokens == "joint":
             if resets is not None:
                 seen = seen.masked_fill(resets.unsqueeze(-1), 0.0)
-            return seen + returns + observed + now
+            return seen + told + observed + now
         before = self._embed_timesteps(timesteps - 1)
-        tokens = [seen + before, returns + now, observed + now]
+        tokens = [seen + before, told + now, observed + now]
         return torch.stack(tokens, dim=2).flatten(1, 2)
 
     def _embed_timesteps(self, timesteps: Tensor) -> Tensor | float:

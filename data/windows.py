@@ -17,8 +17,8 @@ class Batch:
     Attributes:
         observations: (B, T, O) float32, not normalised.
         actions: (B, T, A) float32.
-        returns_to_go: (B, T) float32 in reward units, each including its own step's reward; with
-            the condition "return" those of the whole episodes.
+        returns: (B, T) float32, what each step is told of the return, in reward units: of the whole
+            episode, or with the condition "return-to-go" from this step on, its reward included.
         timesteps: (B, T) int64, index of the step in its episode.
         mask: (B, T) bool, False where the window is padding.
         loss_mask: (B, T) bool, True where the step counts in the loss: ``mask`` without the
@@ -27,7 +27,7 @@ class Batch:
 
     observations: np.ndarray
     actions: np.ndarray
-    returns_to_go: np.ndarray
+    returns: np.ndarray
     timesteps: np.ndarray
     mask: np.ndarray
     loss_mask: np.ndarray
@@ -87,7 +87,7 @@ class WindowSampler:
         self.batch_size = batch_size
         self._burn_in = burn_in
         self._seed = seed
-        self._returns_to_go = episodes.returns_of_steps(condition)
+        self._returns = episodes.returns_of_steps(condition)
         self._offsets_in_window = np.arange(min(context + burn_in, longest))
 
     @property
@@ -97,8 +97,8 @@ class WindowSampler:
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What :meth:`windows` counts the rows of: observations, actions and returns-to-go."""
-        return self._episodes.observations, self._episodes.actions, self._returns_to_go
+        """What :meth:`windows` counts the rows of: observations, actions and returns."""
+        return self._episodes.observations, self._episodes.actions, self._returns
 
     def windows(self, step: int) -> np.ndarray:
         """Return where the windows of this training step lie; the same for the same (seed, step).
@@ -127,8 +127,8 @@ class WindowSampler:
         rows = np.minimum(rows, episodes.num_steps - 1)
         observations = episodes.observations.take(rows, axis=0)
         actions = episodes.actions.take(rows, axis=0)
-        returns_to_go = self._returns_to_go.take(rows)
+        returns = self._returns.take(rows)
         observations *= mask[:, :, None]
         actions *= mask[:, :, None]
-        returns_to_go *= mask
-        return Batch(observations, actions, returns_to_go, timesteps, mask, loss_mask)
+        returns *= mask
+        return Batch(observations, actions, returns, timesteps, mask, loss_mask)

@@ -16,7 +16,7 @@ def export_command(
 ) -> None:
     """Write a trained agent's policy as one file that runs without minrl, and check it.
 
-    The file computes one step for any number of environments: (observation, return_to_go,
+    The file computes one step for any number of environments: (observation, target_return,
     timestep, reset, state) -> (action, next_state). It holds as JSON what a user needs to know.
 
     Args:

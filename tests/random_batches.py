@@ -11,7 +11,7 @@ def make_batch(step, rows=8, length=6, observation_size=4, action_size=2):
     return Batch(
         observations=generator.normal(size=(rows, length, observation_size)).astype(np.float32),
         actions=np.tanh(generator.normal(size=(rows, length, action_size))).astype(np.float32),
-        returns_to_go=generator.normal(size=(rows, length)).astype(np.float32),
+        returns=generator.normal(size=(rows, length)).astype(np.float32),
         timesteps=np.tile(np.arange(length), (rows, 1)),
         mask=mask,
         loss_mask=mask,

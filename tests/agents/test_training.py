@@ -132,7 +132,7 @@ def test_the_action_error_is_that_of_the_weights_that_act_without_dropout(ema_de
     held_out = [make_batch(100, rows=3), make_batch(101)]
     model, errors = copy.deepcopy(trainer.acting_model).eval(), []
     for batch in held_out:
-        inputs = (batch.observations, batch.actions, batch.returns_to_go, batch.timesteps)
+        inputs = (batch.observations, batch.actions, batch.returns, batch.timesteps)
         predicted, _ = model(*map(torch.from_numpy, inputs))
         errors.append((predicted.detach().numpy() - batch.actions)[batch.loss_mask])
     expected = np.square(np.concatenate(errors)).mean()

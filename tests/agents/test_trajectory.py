@@ -52,7 +52,7 @@ def make_inputs(seed=0):
     return {
         "observations": draw(B, T, O),
         "actions": draw(B, T, A),
-        "returns_to_go": 1000 * draw(B, T),
+        "returns": 1000 * draw(B, T),
         "timesteps": torch.arange(T).expand(B, T),
     }
 
@@ -91,7 +91,7 @@ def test_step_equals_forward(kind):
     for t in range(T):
         predicted, state = model.step(
             inputs["observations"][:, t],
-            inputs["returns_to_go"][:, t],
+            inputs["returns"][:, t],
             inputs["timesteps"][:, t],
             state,
             torch.full((B,), t == 0),
@@ -101,7 +101,7 @@ def test_step_equals_forward(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("name", ["observations", "actions", "returns_to_go"])
+@pytest.mark.parametrize("name", ["observations", "actions", "returns"])
 def test_a_prediction_sees_only_what_came_before(kind, name):
     model, inputs = make(kind), make_inputs()
     before, _ = model(**inputs)

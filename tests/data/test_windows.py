@@ -7,7 +7,7 @@ from minrl.data.episodes import Episode, Episodes
 from minrl.data.windows import Batch, WindowSampler
 from minrl.errors import ConfigError
 
-FIELDS = ("observations", "actions", "returns_to_go", "timesteps", "mask", "loss_mask")
+FIELDS = ("observations", "actions", "returns", "timesteps", "mask", "loss_mask")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_window_is_a_right_padded_stretch_of_one_episode(numbered, context, burn
             start, stop = offsets[episode], offsets[episode + 1]
             assert rows[-1] < stop
             assert np.array_equal(batch.timesteps[window, :length], rows - start)
-            assert np.array_equal(batch.returns_to_go[window, :length], stop - rows)
+            assert np.array_equal(batch.returns[window, :length], stop - rows)
             counted = batch.loss_mask[window]
             first = int(counted.argmax())
             assert counted[first:length].all()
@@ -71,8 +71,8 @@ def test_windows_may_tell_the_return_of_the_whole_episode(numbered):
     sizes = {"context": 5, "batch_size": 50, "seed": 0}
     batch = WindowSampler(numbered, **sizes).batch(3)
     to_go = WindowSampler(numbered, **sizes, condition="return-to-go").batch(3)
-    whole = to_go.returns_to_go[:, 0] + to_go.timesteps[:, 0]  # every reward is 1
-    assert np.array_equal(batch.returns_to_go, whole[:, None] * batch.mask)
+    whole = to_go.returns[:, 0] + to_go.timesteps[:, 0]  # every reward is 1
+    assert np.array_equal(batch.returns, whole[:, None] * batch.mask)
     assert np.array_equal(batch.observations, to_go.observations)
 
 

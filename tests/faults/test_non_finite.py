@@ -18,7 +18,7 @@ from minrl.scripts.train_config import TrainConfig
 
 FAULTS = 100
 BAD = (np.nan, np.inf, -np.inf)
-ARRAYS = ("observations", "actions", "returns_to_go")
+ARRAYS = ("observations", "actions", "returns")
 
 
 def make_trainer():
