@@ -113,8 +113,8 @@ class DecisionAgent:
 
         Args:
             observations: (B, O), or (O,) for one environment.
-            rewards: Of the step before, (B,) or a number; not needed where an episode starts, nor
-                looked at where the model's condition is the return of the whole episode.
+            rewards: Of the step before, (B,) or a number. Needed where the model's condition is
+                the return-to-go, but for steps at which an episode starts; else not looked at.
 
         Returns:
             Actions (B, A), or (A,), float32, inside the bounds of the action space.
@@ -148,10 +148,9 @@ class DecisionAgent:
     ) -> tuple[np.ndarray, AgentState]:
         """Act with Stable-Baselines3's signature, for its ``evaluate_policy`` and such.
 
-        It asks for ``agent.target_return``, whatever :meth:`reset` was given. SB3 does not pass
-        rewards: give its ``evaluate_policy`` ``callback=agent.watch_rewards``, or the agent goes on
-        asking for the whole target return at every step. (Where the model's condition is the return
-        of the whole episode, that is what it should do.)
+        It asks for ``agent.target_return``, whatever :meth:`reset` was given, and goes on asking
+        for all of it. Where the model's condition is the return-to-go it should not: there give
+        ``evaluate_policy`` ``callback=agent.watch_rewards``, for SB3 passes no rewards.
 
         Args:
             observation: (B, O) or (O,).
