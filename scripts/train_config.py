@@ -41,9 +41,13 @@ PAPER_TRANSFORMER = (128, 1e-4)
 PAPER_TIMESTEPS = 1000
 PAPER_TIMESTEP_STD = 1.0
 
-# What is usual with a backbone: Mamba's released code expands by 2, and who clones behaviour sees
-# the observation alone.
-MODEL_SETTINGS = {"mamba": {"expansion": 2}, "mlp": {"tokens": "observation"}}
+# What is usual with a backbone: Mamba's released code expands by 2, a transformer has no other
+# sense of position than the time, and who clones behaviour sees the observation alone.
+MODEL_SETTINGS = {
+    "mamba": {"expansion": 2},
+    "transformer": {"max_timestep": PAPER_TIMESTEPS},
+    "mlp": {"tokens": "observation"},
+}
 
 # A transformer is trained on windows, and acts on them (Decision Transformer, arXiv 2106.01345).
 REFRESH_EVERY = {"transformer": 1}
