@@ -147,7 +147,7 @@ def choose_targets(episodes: Episodes) -> tuple[float, ...]:
     """Return what to ask for: the mean return of the best tenth of the data, and of all of it.
 
     Both are weighted by steps, since that is how often training sees them, and rounded to three
-    digits. More than the data holds makes agents worse (results/README.md, "What to ask for").
+    digits. More than the data holds makes agents worse (results/settings.md, "What to ask for").
     """
     parts = (episodes.best(0.1), episodes)
     means = (np.average(part.returns, weights=part.lengths) for part in parts)

@@ -209,3 +209,9 @@ def test_our_own_reports_are_what_this_code_makes_of_their_runs(name, tmp_path):
     for file in ("report.md", "report.html"):
         assert len((tmp_path / file).read_text()) == len((folder / file).read_text())
     assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+
+
+def test_the_study_of_other_defaults_is_still_read():
+    path = RESULTS / "study_return_to_go.json"
+    runs = make_report((path,), latency=False)["runs"]
+    assert len(runs) == len(json.loads(path.read_text())["runs"]) == 288
