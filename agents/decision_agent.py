@@ -33,7 +33,7 @@ class AgentState:
 
     Attributes:
         model: The model's state, (B, S); its last values are the last action.
-        asked_for: What is still asked for, (B,) float64, in reward units.
+        asked_for: What the last step was told of the return, (B,) float64, in reward units.
         timesteps: Step in the episode, (B,) int64; -1 before the first.
         window: The last steps, if the state is rebuilt from them now and then.
     """

@@ -37,12 +37,13 @@ OUTPUTS = ("action", "next_state")
 HOW_TO = (
     "state: zeros before the first step, then the next_state of the step before. reset: true where "
     "an episode starts. target_return: the target return where an episode starts, then {later}. "
-    "timestep: 0 where an episode starts, then one more each step."
+    "timestep: {timestep}."
 )
 LATER_RETURNS = {
     "return-to-go": "less by the reward of each step",
     "return": "the same at every step",
 }
+TIMESTEPS = {True: "0 where an episode starts, then one more each step", False: "not looked at"}
 
 # Steps, and chance of a reset at each, of the rollouts that an artefact is checked on.
 CHECK_BATCHES, CHECK_STEPS, CHECK_RESETS = (1, 3), 40, 0.1
@@ -67,7 +68,10 @@ def description(agent: DecisionAgent) -> dict:
             "action": ["float32", ["batch", model.action_size]],
             "next_state": sizes["state"],
         },
-        "how_to": HOW_TO.format(later=LATER_RETURNS[model.config.condition]),
+        "how_to": HOW_TO.format(
+            later=LATER_RETURNS[model.config.condition],
+            timestep=TIMESTEPS[model.embed_timestep is not None],
+        ),
         "target_return": agent.target_return,
         "action_low": model.action_low.tolist(),
         "action_high": model.action_high.tolist(),

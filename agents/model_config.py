@@ -12,6 +12,8 @@ DEFAULT_RETURN_SCALE = 1000.0  # the Decision Transformer's, gym/experiment.py
 
 TOKENS = ("interleaved", "joint", "observation")
 CONDITIONS = ("return-to-go", "return")
+# What configurations had that were written before there was a choice.
+BEFORE_THE_CHOICE = {"condition": "return-to-go"}
 
 # The fields of a ModelConfig that a mixer takes, besides its width.
 MIXER_FIELDS = {
@@ -28,9 +30,9 @@ MIXER_FIELDS = {
 
 
 def ignored_fields(backbone: str) -> set[str]:
-    """Return the fields of a ModelConfig that are for other mixers than this one."""
+    """Return the fields of a ModelConfig that are for other mixers than this one, known or not."""
     of_mixers = {name for fields in MIXER_FIELDS.values() for name in fields}
-    ignored = of_mixers.difference(MIXER_FIELDS[backbone])
+    ignored = of_mixers.difference(MIXER_FIELDS.get(backbone, ()))
     return ignored if backbone == "transformer" else ignored | {"attention_context"}
 
 
@@ -74,9 +76,10 @@ class ModelConfig:
     """transformer only: steps that it looks back on; by default those of a training window."""
     max_timestep: int = 0
     """Timesteps with an embedding of their own; later ones share the last. With 0 there is none,
-    and the model does not see the time; in the papers it does."""
+    and the model does not see the time; in the papers it does. A transformer has no other sense of
+    position: give it as many as an episode has steps, as its presets do."""
     timestep_std: float = 0.02
-    """Standard deviation of these embeddings at the start."""
+    """Standard deviation of their embeddings at the start."""
     return_scale: float | None = None
     """Returns are divided by this; by default 1000, as in the papers, or in training on other
     tasks than theirs the largest return in the data."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minrl.agents.backbones.blocks import ALL, Backbone, State
 from minrl.agents.backbones.dropout import Dropout
 from minrl.agents.model_config import (
+    BEFORE_THE_CHOICE,
     DEFAULT_ATTENTION_CONTEXT,
     DEFAULT_RETURN_SCALE,
     MIXER_FIELDS,
@@ -95,8 +96,7 @@ class TrajectoryModel(nn.Module):
         Raises:
             ConfigError: If something in it is impossible.
         """
-        # Before there was a choice the return-to-go was what a model is told.
-        config = ModelConfig(**{"condition": "return-to-go"} | description["config"])
+        config = ModelConfig(**{**BEFORE_THE_CHOICE, **description["config"]})
         return cls(description["observation_size"], description["action_size"], config)
 
     def initial_state(self, batch_size: int) -> State:

@@ -278,6 +278,11 @@ def describe(run: RunFolder, config: TrainConfig, episodes: Episodes, trainer: T
         warnings.warn(
             f"of no effect with {model.config.backbone}: {', '.join(ignored)}", stacklevel=2
         )
+    if model.config.backbone == "transformer" and model.embed_timestep is None:
+        warnings.warn(
+            "a transformer without timesteps (max-timestep) cannot tell the order of what it sees",
+            stacklevel=2,
+        )
 
 
 def load_first_on_rank_zero(config: TrainConfig, rank: int) -> Episodes:

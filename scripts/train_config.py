@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minrl.agents.field_types import wrong_types
-from minrl.agents.model_config import ModelConfig, ignored_fields
+from minrl.agents.model_config import BEFORE_THE_CHOICE, ModelConfig, ignored_fields
 from minrl.agents.training import OptimizationConfig
 from minrl.data.validate import OnBadEpisode
 from minrl.errors import ConfigError
@@ -190,6 +190,7 @@ class TrainConfig:
                 or of another type.
         """
         try:
+            values = {**values, "model": {**BEFORE_THE_CHOICE, **values["model"]}}
             config = cls(
                 **{
                     **values,
@@ -256,6 +257,8 @@ def ignored_settings(settings: dict[str, Any]) -> set[str]:
     ignored = ignored_fields(backbone)
     if tokens == "observation":
         ignored |= {"action_dropout", "condition", "max_timestep", "return_noise"}
+    if tokens == "observation" or not settings["max_timestep"]:
+        ignored.add("timestep_std")
     if backbone == "mlp" and not settings["convolution"] and tokens != "joint":
         # It sees the observation's token alone; a joint one holds the action before it.
         ignored |= {"action_dropout", "burn_in", "refresh_every", "return_noise"}

@@ -90,18 +90,19 @@ def settings_of(run: Run) -> dict[str, Any]:
     return settings
 
 
-def _values_of(runs: Sequence[Run]) -> dict[str, Counter]:
-    """Return by setting how many runs have each value, without those in which it was varied."""
-    values: dict[str, Counter] = {}
+def _values_of(runs: Sequence[Run]) -> dict[tuple[str, Any], Counter]:
+    """Return by setting and preset's value how many runs have each, without variants of it."""
+    values: dict[tuple[str, Any], Counter] = {}
     for run in runs:
+        preset = _preset_of(run.settings)
         for name, value in settings_of(run).items():
             if _varied(run) != name:
-                values.setdefault(name, Counter())[value] += 1
+                values.setdefault((name, preset[name]), Counter())[value] += 1
     return values
 
 
 def _changes(
-    runs: list[Run], report: dict[str, Counter]
+    runs: list[Run], report: dict[tuple[str, Any], Counter]
 ) -> list[tuple[Run, list[tuple[str, Any, Any]]]]:
     """Return for each run of a family the settings that are unusual on its task.
 
@@ -119,7 +120,10 @@ def _changes(
         for index in plain:
             on_tasks[runs[index].datasets][settings[index][name]] += 1
         of_presets = {task: presets[task][name] for task in on_tasks}
-        usual = _usual(on_tasks, of_presets, report.get(name, Counter()))
+        in_report = {
+            task: report.get((name, value), Counter()) for task, value in of_presets.items()
+        }
+        usual = _usual(on_tasks, of_presets, in_report)
         for index in having:
             value, baseline = settings[index][name], usual[runs[index].datasets]
             if value != baseline:
@@ -127,7 +131,9 @@ def _changes(
     return found
 
 
-def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any], report: Counter) -> dict:
+def _usual(
+    on_tasks: dict[tuple, Counter], presets: dict[tuple, Any], report: dict[tuple, Counter]
+) -> dict:
     """Return the usual value of a setting by task, which a failed run does not change.
 
     Where runs differ it is the preset's value, if some have that, else the commonest of the whole
@@ -139,13 +145,15 @@ def _usual(on_tasks: dict[tuple, Counter], presets: dict[tuple, Any], report: Co
     Args:
         on_tasks: By task, how many runs have each value, without those in which it was varied.
         presets: By task, the preset's value.
-        report: How many runs of the report have each value, whatever their family.
+        report: By task, how many runs of the report have each value, whatever their family, if the
+            preset gives them the same.
     """
     anywhere = sum(on_tasks.values(), Counter())
     commonest = max(anywhere, key=anywhere.get)
     winners = {
         task: presets[task]
-        if presets[task] in values and report[commonest] < OUTNUMBERED * report[presets[task]]
+        if presets[task] in values
+        and report[task][commonest] < OUTNUMBERED * report[task][presets[task]]
         else commonest
         for task, values in on_tasks.items()
         if len(values) > 1

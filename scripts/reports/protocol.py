@@ -51,10 +51,8 @@ SAYS_NOTHING = {"None", "auto"}
 CHOSEN_ON = {
     "minGRU on Hopper medium-expert": ("learning_rate", "weight_decay", "batch_size", "dropout"),
     "minGRU on Walker2d medium-expert, seeds 0 to 2": ("return_noise",),
-    "minGRU on Hopper and Walker2d medium-replay and -expert, seeds 0 to 3": (
-        "condition",
-        "max_timestep",
-    ),
+    "minGRU on medium-replay and -expert data, seeds 0 to 3": ("condition",),
+    "the same, the Transformer's on all data, seed 0": ("max_timestep",),
     "minGRU's training speed": ("tokens", "context"),
 }
 
@@ -138,6 +136,8 @@ def _who_has(found: list[tuple[str, str, str]]) -> dict[str, list[str]]:
 def _shown(name: str, value: Any, family: str) -> str:
     if name == "refresh_every":
         return way_to_act(value, family)
+    if name == "max_timestep" and not value:
+        return "none"
     if isinstance(value, int):
         return f"{value:,}" if value >= 1000 else f"{value}"
     return f"{value:,g}" if isinstance(value, float) and value >= 1000 else f"{value}"
@@ -145,13 +145,17 @@ def _shown(name: str, value: Any, family: str) -> str:
 
 def _chosen_on(runs: list[Run], methods: list[Method]) -> dict[str, list[str]]:
     """Return on what the preset's settings that all runs have, but for ablations, were chosen."""
-    usual = flatten(PRESETS["quick"]())
     names = {method.name for method in methods if not method.changes}
     settings = [run.settings for run in runs if run.method in names]
     settings = [own for own in settings if own["tokens"] != "observation"]  # behaviour cloning
+    usual = [flatten(PRESETS["quick"](backbone=own["backbone"])) for own in settings]
     found = {}
     for where, chosen in CHOSEN_ON.items():
-        kept = [name for name in chosen if all(own[name] == usual[name] for own in settings)]
+        kept = [
+            name
+            for name in chosen
+            if all(own[name] == preset[name] for own, preset in zip(settings, usual, strict=True))
+        ]
         if kept and settings:
             found[where] = [PROTOCOL[name] for name in kept]
     return found

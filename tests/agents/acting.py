@@ -12,7 +12,7 @@ KINDS = {
     "interleaved": {"tokens": "interleaved"},
     "minlstm-convolution": {"tokens": "interleaved", "backbone": "minlstm", "convolution": 4},
     "transformer": {"backbone": "transformer", "attention_context": 1000},
-    "whole-return": {"condition": "return", "max_timestep": 0},
+    "by-default": {"condition": "return", "max_timestep": 0},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 ROWS = 3

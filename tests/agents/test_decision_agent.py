@@ -173,7 +173,7 @@ def test_what_is_asked_for_before_the_number_of_environments_is_known_is_asked_o
 
 def test_who_is_told_the_whole_return_needs_no_rewards():
     observations, rewards = make_episode(12)
-    agent, states = make_agent("whole-return"), []
+    agent, states = make_agent("by-default"), []
     expected = act_through(agent, observations, rewards)
     agent.reset(num_envs=ROWS)
     assert np.array_equal([agent.act(observation) for observation in observations], expected)

@@ -73,14 +73,14 @@ KINDS = {
     },
     "joint-transformer": {"backbone": "transformer", "attention_context": 5},
     "interleaved-tanh-expanded": {"tokens": "interleaved", "candidate": "tanh", "expansion": 2},
-    "whole-return": {"condition": "return", "max_timestep": 0},
+    "by-default": {"condition": "return", "max_timestep": 0},
 }
 
 
 def make_agent(kind="joint-mingru", **options):
     torch.manual_seed(0)
-    config = ModelConfig(**{"width": 16, "num_layers": 2, "max_timestep": 30} | KINDS[kind])
-    model = TrajectoryModel(5, 2, config)
+    config = {"width": 16, "num_layers": 2, "condition": "return-to-go", "max_timestep": 30}
+    model = TrajectoryModel(5, 2, ModelConfig(**config | KINDS[kind]))
     for name, parameter in model.named_parameters():
         if "bias_h0" in name:
             torch.nn.init.normal_(parameter)
@@ -130,8 +130,8 @@ def act_through(agent, episode):
         ("interleaved-minlstm-convolution", "pt2"),
         ("joint-transformer", "onnx"),
         ("joint-transformer", "pt2"),
-        ("whole-return", "onnx"),
-        ("whole-return", "pt2"),
+        ("by-default", "onnx"),
+        ("by-default", "pt2"),
         *(
             pytest.param(kind, to, marks=pytest.mark.slow)
             for kind, to in (
@@ -177,7 +177,10 @@ def test_the_description_is_complete_and_names_this_agent():
     assert (told["target_return"], told["step"], told["environment"]) == (700.0, 7, "X-v0")
     assert told["action_high"] == [3.0, 0.25]
     assert "then less by the reward of each step" in told["how_to"]
-    assert "then the same at every step" in description(make_agent("whole-return"))["how_to"]
+    assert "then one more each step" in told["how_to"]
+    by_default = description(make_agent("by-default"))["how_to"]
+    assert "then the same at every step" in by_default
+    assert "timestep: not looked at" in by_default
 
 
 def test_a_file_that_acts_differently_is_refused_and_not_left(tmp_path, monkeypatch):

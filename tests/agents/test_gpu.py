@@ -108,7 +108,8 @@ def test_captured_steps_that_are_not_finite_change_nothing_and_stop_after_ten():
 
 def test_acting_on_cuda_follows_the_cpu():
     torch.manual_seed(0)
-    model = TrajectoryModel(11, 3)
+    config = ModelConfig(condition="return-to-go", max_timestep=1000)
+    model = TrajectoryModel(11, 3, config)
     actions = {}
     for device in ("cpu", "cuda"):
         agent = DecisionAgent(model.to(device), target_return=100.0)

@@ -28,7 +28,8 @@ KINDS = {
 def make_agent(kind):
     torch.manual_seed(0)
     model, options, _ = KINDS[kind]
-    config = ModelConfig(width=16, num_layers=1, max_timestep=1000, **model)
+    told = {"condition": "return-to-go", "max_timestep": 1000}
+    config = ModelConfig(width=16, num_layers=1, **told, **model)
     return DecisionAgent(TrajectoryModel(5, 2, config), target_return=1e4, **options)
 
 

@@ -95,7 +95,7 @@ def test_windows_hold_the_return_from_each_step_to_the_end(number, source, buffe
     length = ENDS[number][0]
     window = buffer.trajectory_slicer(buffer.episodes[number], length - 1, length)
     expected = [sum(source[number].rewards[step:].tolist()) for step in range(length)]
-    np.testing.assert_allclose(window.returns[:, 0], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(window.returns_to_go[:, 0], expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(window.observations, source[number].observations[:-1])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minrl.agents.decision_agent import DecisionAgent
-from minrl.agents.model_config import ModelConfig
+from minrl.agents.model_config import CONDITIONS, ModelConfig
 from minrl.agents.trajectory import TrajectoryModel
 from minrl.cli import main
 from minrl.data.minari_source import load_dataset
@@ -56,9 +56,10 @@ def test_little_room_for_datasets_is_a_note(monkeypatch):
     assert detail.endswith("which is little")
 
 
-def test_acting_that_differs_from_training_is_measured(hopper_id):
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_acting_that_differs_from_training_is_measured(hopper_id, condition):
     torch.manual_seed(0)
-    model = TrajectoryModel(11, 3, ModelConfig(width=16, num_layers=1))
+    model = TrajectoryModel(11, 3, ModelConfig(width=16, num_layers=1, condition=condition))
     agent, episodes = DecisionAgent(model, target_return=3000.0), load_dataset(hopper_id)
     assert difference_to_training(agent, episodes) < 1e-5
     act = agent.act

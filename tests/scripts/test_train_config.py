@@ -29,7 +29,8 @@ def test_presets_are_the_published_recipes():
     assert cheetah.targets == transformer.targets == (12000, 6000)
     assert paper(("other/robot-v0",)).targets == ()
     for config in (hopper, replay, walker, cheetah, transformer):
-        assert (config.model.tokens, config.model.timestep_std) == ("interleaved", 1.0)
+        assert (config.model.tokens, config.model.condition) == ("interleaved", "return-to-go")
+        assert (config.model.max_timestep, config.model.timestep_std) == (1000, 1.0)
         assert config.optimization.schedule == "constant"
         assert (config.steps, config.optimization.warmup_steps) == (100_000, 10_000)
         assert (config.context, config.batch_size, config.model.num_layers) == (20, 64, 3)

@@ -41,7 +41,7 @@ UNUSUAL = {
     "best_fraction": 0.4,
     "eval_episodes": 0,
     "final_episodes": 0,
-    "model": dataclasses.replace(SMALL, condition="return"),
+    "model": dataclasses.replace(SMALL, condition="return-to-go"),
     "optimization": OptimizationConfig(ema_decay=0.9),
 }
 
@@ -84,7 +84,7 @@ def test_trained_on_are_the_best_of_the_episodes_that_are_not_held_out(unusual, 
     assert np.array_equal(episodes.observations, kept.best(0.4).observations)
     assert episodes.num_steps < kept.num_steps
     sizes = {"context": 7, "batch_size": 8, "seed": 3, "burn_in": 5}
-    assert options == sizes | {"condition": "return"}
+    assert options == sizes | {"condition": "return-to-go"}
 
 
 def test_the_averaged_weights_are_those_that_are_saved(unusual):
@@ -196,6 +196,14 @@ def test_flags_without_effect_are_named(hopper_id, tmp_path):
     unplayed = {"eval_episodes": 0, "final_episodes": 0}
     config = make_config(hopper_id, tmp_path / "run", model=model, steps=1, **unplayed)
     with pytest.warns(UserWarning, match="of no effect with gru: attention-context, candidate$"):
+        train(config)
+
+
+def test_a_transformer_that_is_not_told_the_time_is_warned_of(hopper_id, tmp_path):
+    model = ModelConfig("transformer", width=8, num_layers=1)
+    unplayed = {"eval_episodes": 0, "final_episodes": 0}
+    config = make_config(hopper_id, tmp_path / "run", model=model, steps=1, **unplayed)
+    with pytest.warns(UserWarning, match="without timesteps .* cannot tell the order"):
         train(config)
 
 

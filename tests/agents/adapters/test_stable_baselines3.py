@@ -28,7 +28,7 @@ class StartsOf(gym.Wrapper):
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_evaluate_policy_gives_the_returns_of_evaluate(num_envs):
     torch.manual_seed(0)
-    model = TrajectoryModel(11, 3, ModelConfig(width=24, num_layers=2))
+    model = TrajectoryModel(11, 3, ModelConfig(width=24, num_layers=2, condition="return-to-go"))
     agent = DecisionAgent(model, target_return=3000.0)
     ours = evaluate(agent, "Hopper-v5", episodes=6, seed=5, num_envs=num_envs)
 

@@ -215,8 +215,11 @@ def test_figures_are_sound_svg_with_a_colour_of_the_page(pages):
 
 def test_pages_are_made_again_from_the_figures(pages, tmp_path):
     report((pages / "report.json",), output=tmp_path)
+    made, again = (
+        json.loads((path / "report.json").read_text())["made"] for path in (pages, tmp_path)
+    )
     for file in pages.iterdir():
-        assert file.read_text() == (tmp_path / file.name).read_text()
+        assert file.read_text().replace(made, again) == (tmp_path / file.name).read_text()
 
 
 def test_what_is_no_report_is_refused(study, tmp_path):
@@ -333,14 +336,13 @@ def test_only_settings_of_the_preset_are_said_to_have_been_chosen(write_run, tmp
     write_run("mingru-s0", batch_size=64)
     write_run("gru-s0", backbone="gru", batch_size=64)
     write_run("gru,dropout=0.5-s0", backbone="gru", batch_size=64, model={"dropout": 0.5})
+    write_run("transformer-s0", backbone="transformer", batch_size=64)
     study = make_report((tmp_path,), latency=False)
     assert study["protocol"]["chosen_on"] == {
         "minGRU on Hopper medium-expert": ["learning rate", "weight decay", "dropout"],
         "minGRU on Walker2d medium-expert, seeds 0 to 2": ["noise on the returns"],
-        "minGRU on Hopper and Walker2d medium-replay and -expert, seeds 0 to 3": [
-            "return that a step is told",
-            "timesteps that it is told",
-        ],
+        "minGRU on medium-replay and -expert data, seeds 0 to 3": ["return that a step is told"],
+        "the same, the Transformer's on all data, seed 0": ["timesteps that it is told"],
         "minGRU's training speed": ["tokens", "context length"],
     }
     page = make_markdown(study | {"made": ""}, {}, {})
@@ -376,3 +378,27 @@ def test_curves_are_drawn_where_runs_have_steps_in_common():
         assert values == pytest.approx([2.0, 3.0])
     assert mean_curve([run([2], None)], "score", "seconds") is None
     assert mean_curve([run([2], 0.1), run([4], 0.1)], "score", "steps") is None
+
+
+def test_a_backbone_that_this_version_has_not_is_a_method_like_others(write_run, tmp_path):
+    write_run("mingru-s0")
+    write_run("rwkv-s0", backbone="rwkv")
+    study = make_report((tmp_path,), latency=False)
+    assert [method["name"] for method in study["methods"]] == ["mingru", "rwkv"]
+
+
+def test_a_study_and_runs_of_another_condition_keep_their_names(write_run, tmp_path):
+    """A transformer's timesteps are its preset's, and no reason to name others by theirs."""
+    to_go = {"condition": "return-to-go", "max_timestep": 1000}
+    for backbone in ("mingru", "transformer"):
+        for seed in range(4):
+            write_run(f"{backbone}-s{seed}", backbone=backbone, seed=seed, model=to_go)
+            told = {"max_timestep": 1000 if backbone == "transformer" else 0}
+            write_run(f"new/{backbone}-s{seed}", backbone=backbone, seed=seed, model=told)
+    study = make_report((tmp_path,), latency=False)
+    assert {method["name"] for method in study["methods"]} == {
+        "mingru",
+        "mingru, condition=return-to-go, max_timestep=1000",
+        "transformer",
+        "transformer, condition=return-to-go",
+    }
