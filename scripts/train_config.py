@@ -67,7 +67,8 @@ class TrainConfig:
     environment: str | None = None
     """Gymnasium id to evaluate in; by default the one the data came from."""
     preset: str = "quick"
-    """quick: minutes on two CPU cores; paper: widths, rates and 100,000 steps of the papers."""
+    """quick: minutes on two CPU cores; paper: the papers' widths, rates and 100,000 steps, and the
+    return-to-go and the time are told."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     steps: int = 4000
