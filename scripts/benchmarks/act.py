@@ -89,7 +89,7 @@ def _model(device: torch.device) -> TrajectoryModel:
 
 
 def _prepare_agent(case: ActCase) -> Prepared:
-    """The public call: arrays in, arrays out, checks, returns counted down."""
+    """The public call: arrays in, arrays out, checks, what is asked for."""
     agent = DecisionAgent(_model(case.device), target_return=3600.0)
     agent.reset(num_envs=case.batch)
     observations, rewards = case.observations, np.ones(case.batch)
