@@ -170,13 +170,11 @@ def interrupt_in_the_middle_of_a_step(arguments, at):
 
     def interrupt(*_):
         if next(steps) == at:
-            first = signal.getsignal(signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            while signal.getsignal(signal.SIGINT) is first:  # Python may take its time to handle it
-                time.sleep(0.001)
-            os.kill(os.getpid(), signal.SIGINT)
-            for _ in range(100 * PATIENCE):  # which it ends; in one sleep another thread may get it
-                time.sleep(0.01)
+            for _ in range(
+                2
+            ):  # os.kill may hand it to another thread, and Python be late to see it
+                signal.raise_signal(signal.SIGINT)
+            raise AssertionError("the second Ctrl-C did not interrupt")
 
     register_optimizer_step_post_hook(interrupt)
     minrl(*arguments)
