@@ -141,12 +141,12 @@ def ask_to_stop_twice(arguments, at):
     def step(trainer, sampler):
         report = plain_step(trainer, sampler)
         if trainer.step_count == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return report
 
     def replace(contents):
         if any(f"step-{at:08d}" in path.name for path in contents):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         plain_replace(contents)
 
     Trainer.step_from, checkpoint.replace_files = step, replace

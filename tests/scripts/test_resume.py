@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import signal
 import warnings
 
@@ -27,7 +26,7 @@ def test_resume_after_a_signal_continues_bit_for_bit(
     def step_and_interrupt(self, sampler):
         report = plain_step(self, sampler)
         if self.step_count == cut:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return report
 
     path = tmp_path / "run"
@@ -51,7 +50,7 @@ def test_a_signal_during_an_evaluation_loses_no_score(finished, hopper_id, tmp_p
     def evaluate_and_interrupt(*args, **kwargs):
         calls.append(args)
         if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return plain(*args, **kwargs)
 
     path = tmp_path / "run"
