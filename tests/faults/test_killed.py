@@ -176,6 +176,7 @@ def interrupt_in_the_middle_of_a_step(arguments, at):
                 signal.raise_signal(signal.SIGINT)
             raise AssertionError("the second Ctrl-C did not interrupt")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     register_optimizer_step_post_hook(interrupt)
     minrl(*arguments)
 
