@@ -8,13 +8,28 @@ import pytest
 
 from minrl.data.behaviours import BehaviourPolicy
 from minrl.scripts import train_behaviours as script
-from minrl.scripts.train_behaviours import BehaviourConfig, export_ppo, make_ppo
+from minrl.scripts.train_behaviours import (
+    BehaviourConfig,
+    export_ppo,
+    export_sac,
+    make_ppo,
+    make_sac,
+)
 
 
 @pytest.fixture(scope="module")
 def ppo():
     model = make_ppo("Hopper-v5", seed=1)
     model.learn(4096)  # one rollout and one update, so that no weight is as initialised
+    return model
+
+
+@pytest.fixture(scope="module")
+def sac():
+    pytest.importorskip("sbx", reason="needs pip install -e '.[behaviours]'")
+    model = make_sac("HalfCheetah-v5", seed=1)
+    model.learning_starts = 100  # so that updates begin: biases start at zero
+    model.learn(150)
     return model
 
 
@@ -35,6 +50,27 @@ def test_exported_ppo_has_the_model_s_noise(ppo):
     actions = BehaviourPolicy(weights, noise_scale=0.1).act(observations, np.random.default_rng(0))
     expected = 0.1 * np.exp(ppo.policy.log_std.detach().numpy())
     np.testing.assert_allclose(actions.std(axis=0), expected, rtol=0.03)
+
+
+def test_exported_sac_acts_at_the_mean_as_the_model_does(sac):
+    observations = np.random.default_rng(0).normal(0, 3, (200, 17))
+    weights = export_sac(sac)
+    assert all(np.abs(weights[name]).max() > 0 for name in ("b0", "b1", "b_mean", "b_log_std"))
+    actions = BehaviourPolicy(weights, noise_scale=0.0).act(observations, np.random.default_rng(0))
+    expected, _ = sac.predict(observations, deterministic=True)
+    assert 0.1 < np.abs(expected).max() < 1
+    np.testing.assert_allclose(actions, expected, atol=2e-5)
+
+
+def test_exported_sac_has_the_model_s_noise(sac):
+    observations = np.tile(np.random.default_rng(0).normal(0, 1, 17), (20_000, 1))
+    policy = BehaviourPolicy(export_sac(sac), noise_scale=1.0)
+    actions = policy.act(observations, np.random.default_rng(0))
+    expected, _ = sac.predict(observations, deterministic=False)
+    before_squashing = np.arctanh(np.clip((actions, expected), -0.999999, 0.999999))
+    ours, model_s = before_squashing
+    np.testing.assert_allclose(ours.mean(axis=0), model_s.mean(axis=0), atol=0.05)
+    np.testing.assert_allclose(ours.std(axis=0), model_s.std(axis=0), rtol=0.05)
 
 
 def test_a_short_training_writes_policies_and_a_manifest_like_the_shipped_ones(
