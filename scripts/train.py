@@ -278,7 +278,8 @@ def describe(run: RunFolder, config: TrainConfig, episodes: Episodes, trainer: T
         warnings.warn(
             f"of no effect with {model.config.backbone}: {', '.join(ignored)}", stacklevel=2
         )
-    if model.config.backbone == "transformer" and model.embed_timestep is None:
+    tells_order = model.embed_timestep is not None or model.config.convolution
+    if model.config.backbone == "transformer" and not tells_order:
         warnings.warn(
             "a transformer without timesteps (max-timestep) cannot tell the order of what it sees",
             stacklevel=2,

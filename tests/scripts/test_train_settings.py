@@ -205,6 +205,8 @@ def test_a_transformer_that_is_not_told_the_time_is_warned_of(hopper_id, tmp_pat
     config = make_config(hopper_id, tmp_path / "run", model=model, steps=1, **unplayed)
     with pytest.warns(UserWarning, match="without timesteps .* cannot tell the order"):
         train(config)
+    looking_back = dataclasses.replace(model, convolution=4)
+    train(dataclasses.replace(config, run_dir=tmp_path / "convolution", model=looking_back))
 
 
 def test_flags_that_a_model_without_memory_does_not_look_at_are_named():
