@@ -113,7 +113,6 @@ def _train(arguments: list[str]) -> int:
         base = preset(**chosen)
 
     def run(config: TrainConfig = base, resume: Path | None = None) -> int:
-        config = base.continued_with(config) if resume else config
         path = train(config, resume)  # None on all processes of torchrun but the first
         return 0 if path is None or RunFolder(path).is_finished() else INTERRUPTED
 

@@ -13,8 +13,8 @@ from minrl.scripts.study_progress import Progress
 from minrl.scripts.study_ray import RayWorkers
 from minrl.scripts.study_run import is_done
 from minrl.scripts.study_workers import LocalWorkers
-from minrl.scripts.train import interruption
 from minrl.scripts.train_config import TrainConfig
+from minrl.scripts.train_processes import interruption
 
 FAILED = 1
 SECONDS_BETWEEN_LOOKS = 0.5

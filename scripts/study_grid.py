@@ -18,8 +18,8 @@ from minrl.data.minari_source import load_dataset
 from minrl.errors import ConfigError
 from minrl.scripts.match_parameters import count_parameters
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train import complete
 from minrl.scripts.train_config import PRESETS, TrainConfig, flatten
+from minrl.scripts.train_setup import complete
 
 # Behaviour cloning is the backbone without memory, on all episodes or on the best tenth.
 CLONING = {"bc": ("mlp", 1.0), "bc10": ("mlp", 0.1)}

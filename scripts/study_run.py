@@ -73,8 +73,8 @@ def carry_out(config: TrainConfig, threads: int = 1) -> bool:
         if is_done(config):
             return True
         if (run.path / "config.json").exists():
-            run.read_config()  # a damaged one is no leave to go on with settings that may be others
-            train(config, resume=run.path)
+            # The study's folder may have been moved since.
+            train(dataclasses.replace(config, run_dir=None), resume=run.path)
         else:
             train(config)
         return is_done(config)

@@ -218,21 +218,24 @@ class TrainConfig:
         return config
 
     def continued_with(self, changed: "TrainConfig") -> "TrainConfig":
-        """Return the configuration with which a run of this one may be continued.
+        """Return the configuration with which a run of this one is continued.
+
+        What ``changed`` leaves open, for the data to decide, stays as it is.
 
         Raises:
-            ConfigError: If ``changed`` differs in a field that decides the weights.
+            ConfigError: If it differs in a field that decides the weights.
         """
-        free = {"steps", "device", "final_episodes"}
+        free = ("device", "final_episodes", "steps")
         for name, old in flatten(self).items():
             new = flatten(changed)[name]
-            if new != old and name not in free:
-                can = ", ".join(sorted(free)).replace("_", "-")
+            is_open = new in (None, ()) or (name == "width" and changed.match_parameters)
+            if new != old and name not in free and not is_open:
+                can = ", ".join(free).replace("_", "-")
                 raise ConfigError(
                     f"{name.replace('_', '-')} is {_as_given(old)} in this run and cannot be "
                     f"{_as_given(new)} when it is resumed; only {can} can change"
                 )
-        return changed
+        return dataclasses.replace(self, **{name: getattr(changed, name) for name in free})
 
 
 def _with_flag_name(problem: str) -> str:

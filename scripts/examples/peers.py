@@ -36,8 +36,8 @@ from minrl.scripts.examples.d3rlpy_agents import (
     TransformerPolicy,
     make_replay_buffer,
 )
-from minrl.scripts.train import complete
 from minrl.scripts.train_config import DEFAULT_DATASET, PRESETS, TrainConfig
+from minrl.scripts.train_setup import complete
 
 with interface_of("d3rlpy", install=INSTALL, known="2.8.1"):
     import d3rlpy

@@ -11,8 +11,8 @@ from minrl import DecisionAgent
 from minrl.agents.model_config import ModelConfig
 from minrl.data.episodes import DatasetInfo, Episode, Episodes
 from minrl.scripts import train as train_module
-from minrl.scripts.train import build_model
 from minrl.scripts.train_config import TrainConfig
+from minrl.scripts.train_setup import build_model
 
 CONFIG = TrainConfig(model=ModelConfig(width=8, num_layers=1))
 KINDS = {

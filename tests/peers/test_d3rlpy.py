@@ -17,8 +17,8 @@ from minrl.scripts.examples.d3rlpy_agents import (
     make_replay_buffer,
 )
 from minrl.scripts.examples.peers import PEERS, Settings
-from minrl.scripts.train import choose_targets
 from minrl.scripts.train_config import TrainConfig
+from minrl.scripts.train_setup import choose_targets
 
 INFO = DatasetInfo("test/toy-v0", "Hopper-v5", 4, (-1.0,) * 2, (1.0,) * 2)
 # Lengths and how each ends: terminated, truncated, both, neither (unfinished).

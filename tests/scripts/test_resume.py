@@ -114,12 +114,26 @@ def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monke
             dataclasses.replace(config, model=dataclasses.replace(SMALL, width=8))
         )
     assert config.continued_with(dataclasses.replace(config, steps=20)).steps == 20
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match="seed is 0 in this run and cannot be 7"):
+        train(dataclasses.replace(config, steps=20, seed=7), resume=path)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
     from minrl.data.behaviours import make_embedded_dataset
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "other"))
     make_embedded_dataset(hopper_id, steps=2_000, seed=1, progress=False)
     with pytest.raises(DatasetError, match="is not the data this run was trained on"):
         train(dataclasses.replace(config, steps=20), resume=path)
+
+
+def test_what_the_data_decided_need_not_be_repeated(hopper_id, tmp_path):
+    begun = make_config(hopper_id, None, final_episodes=0, match_parameters=5_000)
+    path = train(dataclasses.replace(begun, run_dir=tmp_path / "run"))
+    complete = RunFolder(path).read_config()
+    assert complete.targets
+    assert complete.model.width != begun.model.width
+    train(dataclasses.replace(begun, steps=16), resume=path)
+    assert RunFolder(path).read_config() == dataclasses.replace(complete, steps=16)
 
 
 def test_the_command_refuses_to_resume_with_other_settings(finished, capsys, monkeypatch):

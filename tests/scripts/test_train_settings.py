@@ -18,18 +18,19 @@ from minrl.data.minari_source import load_dataset
 from minrl.data.minari_writer import DatasetCard, write_dataset
 from minrl.errors import ConfigError, EnvError
 from minrl.scripts import train as train_module
+from minrl.scripts import train_setup
 from minrl.scripts.evaluate import EvaluateConfig, evaluate_run
 from minrl.scripts.match_parameters import count_parameters, match_width
 from minrl.scripts.run_folder import RunFolder
-from minrl.scripts.train import (
+from minrl.scripts.train import train
+from minrl.scripts.train_config import PRESETS, TrainConfig, quick
+from minrl.scripts.train_setup import (
     build_model,
     choose_targets,
     complete,
     held_out_batches,
     make_sampler,
-    train,
 )
-from minrl.scripts.train_config import PRESETS, TrainConfig, quick
 
 UNUSUAL = {
     "seed": 3,
@@ -71,8 +72,8 @@ def unusual(hopper_id, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("unusual") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("WindowSampler", "Trainer"):
-            patch.setattr(train_module, name, noting(name, getattr(train_module, name)))
+        for module, name in ((train_setup, "WindowSampler"), (train_module, "Trainer")):
+            patch.setattr(module, name, noting(name, getattr(module, name)))
         train(make_config(hopper_id, path, **UNUSUAL))
     return path, made
 
