@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import gymnasium
     from gymnasium.envs.registration import EnvSpec
 
-_SUPPORTED = "minrl supports one-dimensional Box observations with float Box actions"
+_SUPPORTED = "minrl supports one-dimensional Boxes of observations and of float actions"
 
 
 @contextlib.contextmanager
@@ -138,9 +138,11 @@ def check_spaces(env: gymnasium.Env) -> None:
             kind = type(space).__name__
             if isinstance(space, Box):
                 kind = f"Box of shape {space.shape} and type {space.dtype}"
-            hint = "; for discrete actions take the layers alone (minrl.MinGRU, minrl.Backbone)"
+            hint = ""
             if role == "observation":
                 hint = ". Wrap it, for example in gymnasium.wrappers.FlattenObservation"
+            elif not isinstance(space, Box):
+                hint = "; for others take the layers alone (minrl.MinGRU, minrl.Backbone)"
             raise EnvError(
                 f"environment {name!r} has an {role} space of kind {kind}; {_SUPPORTED}{hint}"
             )

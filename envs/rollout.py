@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from minrl.envs.make import make_limited_envs
 from minrl.envs.workers import WorkerLanes
 from minrl.errors import ConfigError, EnvError, EvaluationError
 
-__all__ = ["Evaluation", "Policy", "evaluate", "play_episodes"]
+__all__ = ["Evaluation", "Policy", "evaluate", "play_episodes", "whole_number"]
 
 _LONGEST_TIMEOUT = 1e9  # seconds; what a socket takes is not much more
 _HURRY_SECONDS = 1.0  # for the sound environments to close when another one has failed
@@ -82,6 +84,21 @@ def _check_actions(actions: np.ndarray, lanes: _AnyLanes) -> np.ndarray:
         where = place(lanes.name, table[row])
         raise EnvError(f"the agent's action {array[row]} is not finite in {where}")
     return array
+
+
+def whole_number(name: str, value: SupportsIndex, lowest: int) -> int:
+    """Return a whole number, NumPy's too, as Python's, which JSON takes.
+
+    Raises:
+        ConfigError: If it is none, or below the lowest allowed.
+    """
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, not {value!r}") from None
+    if value < lowest:
+        raise ConfigError(f"{name} must be at least {lowest}, not {value}")
+    return value
 
 
 def play_episodes(
@@ -183,18 +200,16 @@ def evaluate(
             misshapen, or its process dies or gives no answer; the message names environment,
             episode and step, and the episodes finished until then come with it.
     """
-    for name, value, lowest in (
-        ("episodes", episodes, 1),
-        ("seed", seed, 0),
-        ("num_workers", num_workers, 0),
-    ):
-        if value < lowest:
-            raise ConfigError(f"{name} must be at least {lowest}, not {value}")
+    episodes, seed = whole_number("episodes", episodes, 1), whole_number("seed", seed, 0)
+    num_workers = whole_number("num_workers", num_workers, 0)
+    target_return = None if target_return is None else float(target_return)  # not NumPy's
+    if max_episode_steps is not None:
+        max_episode_steps = whole_number("max_episode_steps", max_episode_steps, 1)
+    if references is not None and not 0 < references[1] - references[0] < math.inf:
+        raise ConfigError(f"references must be finite, the lower first, not {references}")
     if timeout is not None and not 0 < timeout < _LONGEST_TIMEOUT:
         raise ConfigError(f"timeout must be above 0 s, or None for ever, not {timeout}")
-    batch = min(episodes, 32 if num_envs is None else num_envs)
-    if batch < 1:
-        raise ConfigError(f"num_envs must be at least 1, not {num_envs}")
+    batch = min(episodes, whole_number("num_envs", 32 if num_envs is None else num_envs, 1))
     plan = {"episodes": episodes, "seed": seed}
     lanes: _AnyLanes
     if num_workers:

@@ -18,6 +18,9 @@ REFERENCE_SCORES: dict[str, tuple[float, float]] = {
     "walker2d": (1.629008, 4592.3),
 }
 """Undiscounted return over at most 1,000 steps of a (random, expert) policy, by task."""
+_OF_D4RL = re.compile(
+    rf"(?:(?:minrl|mujoco|d4rl)/)?({'|'.join(REFERENCE_SCORES)})(?:[/-].*)?", re.IGNORECASE
+)
 
 
 def reference_scores(name: str) -> tuple[float, float]:
@@ -31,15 +34,15 @@ def reference_scores(name: str) -> tuple[float, float]:
             ``d4rl/hopper/medium-v2``, ``hopper-medium-v2``).
 
     Raises:
-        EnvError: If no part of the name is a task with known scores.
+        EnvError: If it is not of such a form, as ``dm_control/hopper-hop-v0``, whose returns are
+            other ones, or not of a task with known scores.
     """
     if not isinstance(name, str):
         raise EnvError(
             f"reference scores are known by a name such as 'Hopper-v5', not {name!r:.50}"
         )
-    for part in re.split(r"[/-]", name.lower()):
-        if part in REFERENCE_SCORES:
-            return REFERENCE_SCORES[part]
+    if found := _OF_D4RL.fullmatch(name):
+        return REFERENCE_SCORES[found[1].lower()]
     raise EnvError(
         f"no reference scores are known for {name!r}, so its returns cannot be normalised; "
         f"they are known for {', '.join(sorted(REFERENCE_SCORES))}"

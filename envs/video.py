@@ -16,8 +16,8 @@ import numpy as np
 from minrl.envs.evaluation import Evaluation
 from minrl.envs.lanes import Lanes
 from minrl.envs.make import make_limited_env
-from minrl.envs.rollout import Policy, play_episodes
-from minrl.errors import ConfigError, EnvError
+from minrl.envs.rollout import Policy, play_episodes, whole_number
+from minrl.errors import EnvError
 
 if TYPE_CHECKING:
     import gymnasium
@@ -203,8 +203,8 @@ def record_video(
             no frames or nothing renders them offscreen (the message says what to install), or as
             ``minrl.envs.rollout.evaluate``.
     """
-    if seed < 0:
-        raise ConfigError(f"seed must be at least 0, not {seed}")
+    seed = whole_number("seed", seed, 0)
+    target_return = None if target_return is None else float(target_return)  # not NumPy's
     path = Path(path)
     write = choose_writer(path)
     with closing(_make_filmable(environment_id, max_episode_steps)) as environment:

@@ -1,5 +1,6 @@
 """Evaluation against single episodes played by hand."""
 
+import json
 import sys
 
 import gymnasium
@@ -293,6 +294,38 @@ def test_episodes_without_an_end_are_refused(countdown):
 def test_impossible_settings_are_named(setting):
     with pytest.raises(ConfigError, match=f"{setting} must be at least [01], not -1"):
         evaluate(CountingController(), "Hopper-v5", **{setting: -1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episodes": 2.0}, "episodes must be a whole number, not 2.0"),
+        ({"seed": "0"}, "seed must be a whole number, not '0'"),
+        ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, not 0"),
+        ({"references": (1.0, 1.0)}, r"references must be finite, .*, not \(1.0, 1.0\)"),
+        ({"references": (0.0, np.inf)}, "references must be finite"),
+    ],
+)
+def test_settings_that_are_none_are_refused_before_anything_is_played(options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(None, "Hopper-v5", **options)
+
+
+@pytest.mark.parametrize("num_workers", [0, np.int64(1)])
+def test_numbers_may_be_numpys(num_workers):
+    result = evaluate(
+        CountingController(),
+        "Hopper-v5",
+        episodes=np.int64(2),
+        seed=np.int64(3),
+        num_envs=np.int32(2),
+        num_workers=num_workers,
+        max_episode_steps=np.int64(3),
+        target_return=np.float32(1800),
+    )
+    json.dumps(result.to_dict())
+    plain = evaluate(CountingController(), "Hopper-v5", episodes=2, seed=3, max_episode_steps=3)
+    np.testing.assert_array_equal(result.returns, plain.returns)
 
 
 def test_discrete_actions_are_refused():

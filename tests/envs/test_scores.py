@@ -23,7 +23,17 @@ def test_environment_and_dataset_ids_find_their_task(name, task):
     assert reference_scores(name) == REFERENCE_SCORES[task]
 
 
-@pytest.mark.parametrize("name", ["Pendulum-v1", "HopperBulletEnv-v0", "mujoco/ant/medium-v0", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Pendulum-v1",
+        "HopperBulletEnv-v0",
+        "mujoco/ant/medium-v0",
+        "dm_control/hopper-hop-v0",
+        "mo-hopper-v5",
+        "",
+    ],
+)
 def test_unknown_task_is_an_error_that_names_it_and_the_known_ones(name):
     with pytest.raises(EnvError, match=f"{name!r}.*halfcheetah, hopper, walker2d"):
         normalized_score(1.0, name)
