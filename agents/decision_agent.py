@@ -71,8 +71,10 @@ class DecisionAgent:
         context: int = 20,
         info: dict | None = None,
     ):
+        if kinds := {str(p.dtype) for p in model.parameters()} - {"torch.float32"}:
+            raise ConfigError(f"the model must be of float32, not {', '.join(sorted(kinds))}")
         self._model = model.eval()
-        self.target_return = checked_target(target_return)
+        self.target_return = target_return
         self._context = _checked_count("context", context, 1)
         self.refresh_every = refresh_every
         self._policy = StepPolicy(model)
@@ -235,6 +237,19 @@ class DecisionAgent:
         steps = _checked_count("refresh_every", steps, 0)
         refuse_much_memory(self.model, self.context if steps else 0)
         self._refresh_every = steps
+
+    @property
+    def target_return(self) -> float:
+        """Return asked for at the next ``reset`` that is given none, in reward units.
+
+        Raises:
+            ConfigError: When set to what is no finite number.
+        """
+        return self._target_return
+
+    @target_return.setter
+    def target_return(self, value: float) -> None:
+        self._target_return = checked_target(value)
 
     @property
     def context(self) -> int:

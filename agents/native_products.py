@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minrl.agents.backbones.scan_cpu_kernels import fused
+from minrl.agents.backbones.native_math import fused
 from minrl.agents.native_layout import GROUP, LANES
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from minrl.agents.backbones.native_math import HALF, ONE, TWO, ZERO, exp_minus
-from minrl.agents.backbones.scan_cpu_kernels import CANDIDATES, GATES, fused
+from minrl.agents.backbones.native_math import HALF, ONE, TWO, ZERO, exp_minus, fused
+from minrl.agents.backbones.scan_cpu_kernels import CANDIDATES, GATES
 from minrl.agents.native_layout import GROUP
 from minrl.agents.native_products import multiply, shifted
 

@@ -120,7 +120,7 @@ class Trainer:
         model: Moved to ``device``.
         config: See :class:`OptimizationConfig`.
         total_steps: Length of the whole run, for the cosine schedule.
-        seed: Of dropout.
+        seed: Of what is random in a step: dropout, hidden actions, noise on the returns.
         device: For instance "cpu" or "cuda".
 
     Attributes:

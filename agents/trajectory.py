@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minrl.agents.backbones.blocks import ALL, Backbone, State
 from minrl.agents.backbones.dropout import Dropout
+from minrl.agents.backbones.scan import check_flags
 from minrl.agents.model_config import (
     BEFORE_THE_CHOICE,
     DEFAULT_ATTENTION_CONTEXT,
@@ -132,7 +133,12 @@ class TrajectoryModel(nn.Module):
 
         Returns:
             Predicted actions, (B, T, A), and the state after the last valid step.
+
+        Raises:
+            ValueError: If something has another shape, or a flag another type.
         """
+        self._check_shapes(observations, actions=actions, returns=returns, timesteps=timesteps)
+        check_flags(observations.shape[:2], resets=resets, mask=mask)
         if mask is not None:
             observations = observations.masked_fill(~mask.unsqueeze(-1), 0.0)
             actions = actions.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -160,6 +166,16 @@ class TrajectoryModel(nn.Module):
         normalised = torch.tanh(self.head(self.output_norm(hidden)))
         predicted = self.action_middle + self.action_reach * normalised
         return predicted, (*after, taken[:, -1])
+
+    def _check_shapes(self, observations: Tensor, **others: Tensor) -> None:
+        if observations.dim() != 3 or observations.shape[2] != self.observation_size:
+            wanted, found = f"(B, T, {self.observation_size})", tuple(observations.shape)
+            raise ValueError(f"observations must be {wanted}, not {found}")
+        batch_and_time = tuple(observations.shape[:2])
+        for name, given in others.items():
+            wanted = batch_and_time + ((self.action_size,) if name == "actions" else ())
+            if given.shape != wanted:
+                raise ValueError(f"{name} must be {wanted}, not {tuple(given.shape)}")
 
     def step(
         self,

@@ -120,9 +120,9 @@ class _RecurrentModule(TensorDictModuleBase):
         One step of every element, the state set back where ``is_init`` is set; or in recurrent mode
         sequences, time being the last batch dimension. There the state is read where a sequence
         starts, at the first step and where ``is_init`` is set, as TorchRL's modules do: the state
-        stored at these steps, or the initial state if that is zero or there is none. What is
-        written is the state after the last step, at the last step, and zeros before it (TorchRL's
-        modules also write it where an episode ends before that).
+        stored at these steps, or the initial state if there is none, or it is zero where
+        ``is_init`` is set. What is written is the state after the last step, at the last step, and
+        zeros before it (TorchRL's modules also write it where an episode ends before that).
 
         Raises:
             ValueError: In recurrent mode, if there is no time dimension.

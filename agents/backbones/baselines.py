@@ -72,7 +72,11 @@ class TorchMixer(nn.Module):
         parts = tuple(part.unsqueeze(0) for part in state)
         is_lstm = isinstance(self.cell, nn.LSTM)
         hidden, after = self.cell(x, parts if is_lstm else parts[0])
-        return hidden, tuple(part[0] for part in (after if is_lstm else (after,)))
+        after = after if is_lstm else (after,)
+        # Autocast makes h and c narrower, and only under it would they be taken.
+        return hidden, tuple(
+            part[0].to(before.dtype) for part, before in zip(after, state, strict=True)
+        )
 
 
 class GilrLSTMMixer(nn.Module):

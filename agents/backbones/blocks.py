@@ -121,6 +121,8 @@ class Backbone(nn.Module):
         dropout: See :class:`Block`.
         convolution: See :class:`Block`.
         batch_first: Whether input and output are (B, T, D) rather than (T, B, D).
+        device: As in any module.
+        dtype: Likewise.
         **options: Passed to the mixer: ``expansion`` and so on; a transformer needs ``context``,
             the tokens that it sees.
     """
@@ -135,9 +137,13 @@ class Backbone(nn.Module):
         mlp_ratio: int = 4,
         dropout: float = 0.0,
         convolution: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options,
     ):
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, not {num_layers}")
         if backbone not in MIXERS:
             raise ValueError(f"backbone must be one of {', '.join(MIXERS)}, not {backbone!r}")
         make_mixer = MIXERS[backbone]
@@ -157,6 +163,7 @@ class Backbone(nn.Module):
             )
             for _ in range(num_layers)
         )
+        self.to(device=device, dtype=dtype)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from minrl.agents.backbones.dropout import dropout
 from minrl.agents.backbones.layer import gated_layer
 from minrl.agents.backbones.memory import check_memory, remember
 from minrl.agents.backbones.nn_errors import (
@@ -261,7 +262,7 @@ class _MinimalRNN(nn.Module):
             )
             last.append(h)
             if layer < self.num_layers - 1:
-                x = nn.functional.dropout(x, self.dropout, self.training)
+                x = dropout(x, self.dropout, self.training)
         return x, torch.stack(last)
 
     def _forward_packed(
@@ -338,7 +339,7 @@ class MinLSTM(_MinimalRNN):
         normalize: The paper's equations if True; the configuration its code was released with,
             where f + i is not 1 and the state can grow, if False.
         forget_bias: Added to the forget gate's bias at the start; 3 in the released code. Not where
-            ``memory`` says what the gates begin with.
+            there is no bias, or ``memory`` says what the gates begin with.
         return_cell: Whether states are pairs (h, c) wherever they are taken and returned, for code
             written for ``nn.LSTM``. Both are the one state there is; the c that is passed in is not
             looked at.

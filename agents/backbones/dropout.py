@@ -36,17 +36,22 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, in training with elements dropped that follow from torch's generator."""
-        if not (self.training and self.p):
-            return x
-        native = x.device.type == "cpu" and x.dtype == torch.float32 and self.p < 1
-        if not native or is_transformed():
-            return functional.dropout(x, self.p)
-        key = torch.randint(2**63 - 1, (1,))
-        return torch.ops.minrl.dropout(x, key, self.p)
+        return dropout(x, self.p, self.training)
 
     def extra_repr(self) -> str:
         """Show the chance."""
         return f"p={self.p}"
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Return x, in training with elements dropped that follow from torch's generator."""
+    if not (training and p):
+        return x
+    native = x.device.type == "cpu" and x.dtype == torch.float32 and p < 1
+    if not native or is_transformed():
+        return functional.dropout(x, p)
+    key = torch.randint(2**63 - 1, (1,))
+    return torch.ops.minrl.dropout(x, key, p)
 
 
 def _dropout(x: Tensor, key: Tensor, p: float) -> Tensor:

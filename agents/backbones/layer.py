@@ -16,13 +16,11 @@ from minrl.agents.backbones.operators import (
     is_transformed,
 )
 from minrl.agents.backbones.scan import check_arguments, gated_scan
-from minrl.agents.backbones.scan_operator import backend_of, contiguous
+from minrl.agents.backbones.scan_operator import Gradients, backend_of, contiguous
 from minrl.agents.backbones.scan_torch import PARTS, scan_by_steps
 
 # Steps in a chunk, counted over its sequences, for each thread (measured, 128 features).
 CHUNK = 4096
-
-Gradients = tuple[Tensor | None, ...]
 
 
 def gated_layer(

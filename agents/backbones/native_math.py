@@ -65,7 +65,12 @@ def prefetch(_context, pointer, index):
     return types.int8(pointer, types.int64), generate
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+def fused(function):
+    """Compile a helper into the loop that calls it."""
+    return njit(fastmath={"contract"}, error_model="numpy")(function)
+
+
+@fused
 def exp_minus(x):
     """Return exp(-x) for x clamped to +-87, relative error 2e-7."""
     x = TOP if x > TOP else x  # in this order a NaN stays one
@@ -75,3 +80,10 @@ def exp_minus(x):
     square = rest * rest
     power = (P0 + P1 * rest) + square * ((P2 + P3 * rest) + square * (P4 + P5 * rest))
     return power * float_of((bits_of(shifted) << MANTISSA) + BITS_OF_ONE)
+
+
+@fused
+def copy(source, at, target, to, count):
+    """Copy some channels of a row."""
+    for channel in range(count):
+        target[to + channel] = source[at + channel]

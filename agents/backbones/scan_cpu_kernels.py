@@ -6,9 +6,17 @@ memory holds the channels of one step of one sequence. Compiled and called by
 """
 
 import numpy as np
-from numba import njit
 
-from minrl.agents.backbones.native_math import HALF, ONE, TWO, ZERO, exp_minus, prefetch
+from minrl.agents.backbones.native_math import (
+    HALF,
+    ONE,
+    TWO,
+    ZERO,
+    copy,
+    exp_minus,
+    fused,
+    prefetch,
+)
 
 # Where both of minLSTM's gates are closed further than this, only their difference counts.
 CLOSED = np.float32(-20)
@@ -17,11 +25,6 @@ CLOSED = np.float32(-20)
 # backward pass asks for runs of steps, each in ascending order, as the hardware expects it.
 AHEAD = 1
 RUN = 8
-
-
-def fused(function):
-    """Compile a helper into the loop that calls it."""
-    return njit(fastmath={"contract"}, error_model="numpy")(function)
 
 
 # Candidates: g(v) and g'(v).
@@ -180,13 +183,6 @@ def fetch_parts(packed, at, width, parts, count):
     """Ask for a row of each part."""
     for part in range(parts):
         fetch(packed, at + part * width, count)
-
-
-@fused
-def copy(source, at, target, to, count):
-    """Copy some channels of a row."""
-    for channel in range(count):
-        target[to + channel] = source[at + channel]
 
 
 @fused

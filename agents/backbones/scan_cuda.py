@@ -1,7 +1,8 @@
 """The gated scan on CUDA: which tiles for which shape, and the launches of the Triton kernels.
 
-Without autograd: ``scan`` registers these functions as custom operators. Results are the same bits
-on every run of the same shapes, types and :class:`Plan`. Triton is imported when a scan first runs.
+Without autograd: ``scan_operator`` calls these functions where its tensors are on CUDA. Results are
+the same bits on every run of the same shapes, types and :class:`Plan`. Triton is imported when a
+scan first runs.
 """
 
 import functools

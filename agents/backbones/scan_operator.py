@@ -25,11 +25,13 @@ def sizes_of(projected: Tensor, gates: str, batch_first: bool) -> tuple[int, int
     """Return B, T and H.
 
     Raises:
-        ValueError: If the gates are unknown or do not fit the columns.
+        ValueError: If there are not three axes, or the gates are unknown or do not fit the columns.
         RuntimeError: If there is no step, in the words of ``nn.GRU``.
     """
     if gates not in PARTS:
         raise ValueError(f"gates must be one of {sorted(PARTS)}, not {gates!r}")
+    if projected.dim() != 3:
+        raise ValueError(f"projected must be (B, T, G*H) or (T, B, G*H), not {(*projected.shape,)}")
     batch, length, columns = projected.shape
     if not batch_first:
         batch, length = length, batch

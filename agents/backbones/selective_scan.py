@@ -94,6 +94,8 @@ def _check_sizes(
     read: Tensor,
     initial_state: Tensor | None,
 ) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, T, D), not {tuple(x.shape)}")
     (batch, length, width), size = x.shape, len(rates)
     expected = {
         "delta": (delta, x.shape),
@@ -115,8 +117,13 @@ def _is_native(x: Tensor, rates: Tensor) -> bool:
         and rates.numel() > 0
         and not torch.compiler.is_exporting()
         and not is_transformed()
-        and load_kernels(KERNELS) is not None
+        and _has_kernels()
     )
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot look into the compiler of the kernels
+def _has_kernels() -> bool:
+    return load_kernels(KERNELS) is not None
 
 
 @functools.cache

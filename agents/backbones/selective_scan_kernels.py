@@ -6,29 +6,22 @@ so that every loop runs over channels. A unit of work is a sequence.
 
 from numba import njit
 
-from minrl.agents.backbones.native_math import ZERO, exp_minus
+from minrl.agents.backbones.native_math import ZERO, copy, exp_minus
 
 
-def fused(function):
-    """Compile a helper into the loop that calls it; sums over channels may take any order."""
+def fused_in_any_order(function):
+    """Compile a helper into the loop that calls it; sums over channels may be reordered."""
     return njit(fastmath={"contract", "reassoc"}, error_model="numpy")(function)
 
 
-@fused
+@fused_in_any_order
 def clear(target, at, count):
     """Write zeros."""
     for channel in range(count):
         target[at + channel] = ZERO
 
 
-@fused
-def copy(source, at, target, to, count):
-    """Copy some channels."""
-    for channel in range(count):
-        target[to + channel] = source[at + channel]
-
-
-@fused
+@fused_in_any_order
 def advance(x, delta, at, rates, rate, enter, read, before, was, states, out, y, width):
     """Take one step with one row of the state; what ``read`` gets of it is added to y."""
     for channel in range(width):
@@ -39,7 +32,7 @@ def advance(x, delta, at, rates, rate, enter, read, before, was, states, out, y,
         y[here] += state * read
 
 
-@fused
+@fused_in_any_order
 def gather(x, delta, states, out, grad_y, carry, to, at, read, width):
     """Add to ``carry`` what y says of one row of the state; return the gradients by B and C."""
     grad_enter, grad_read = ZERO, ZERO
@@ -52,7 +45,7 @@ def gather(x, delta, states, out, grad_y, carry, to, at, read, width):
     return grad_enter, grad_read
 
 
-@fused
+@fused_in_any_order
 def retreat(
     delta, at, rates, rate, enter, before, was, carry, to, grad_x, grad_delta, grad_rates, width
 ):
@@ -68,7 +61,7 @@ def retreat(
         grad_rates[to + channel] -= by_decay * delta[here]
 
 
-@fused
+@fused_in_any_order
 def finish(x, delta, at, grad_x, grad_delta, width):
     """Turn the gradient by delta x into those by x and by delta."""
     for channel in range(at, at + width):

@@ -1,9 +1,13 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from acting import ROWS, act_through, every_kind, make_agent, make_episode
 
+from minrl import DecisionAgent
 from minrl.agents.step_policy import LARGEST
+from minrl.errors import ConfigError
 
 
 def observations_of_all_kinds(generator, model):
@@ -112,6 +116,27 @@ def test_wrong_shapes_and_a_missing_reward_are_named():
     _, state = agent.predict(np.zeros((2, 5), np.float32))
     with pytest.raises(ValueError, match="state is of 2 environments, the observation of 3"):
         agent.predict(np.zeros((3, 5), np.float32), state, np.zeros(3, bool))
+
+
+@pytest.mark.parametrize("target", [math.nan, math.inf, "3400", [1.0, 2.0], None])
+def test_a_target_return_set_later_is_checked_too(target):
+    agent = make_agent()
+    with pytest.raises(ConfigError, match="target_return must be a finite number, not"):
+        agent.target_return = target
+    assert agent.target_return == 100.0
+
+
+def test_a_target_return_of_numpy_can_be_saved(tmp_path):
+    agent = make_agent()
+    agent.target_return = np.float32(3400.5)
+    agent.save(tmp_path / "agent.safetensors")
+    assert DecisionAgent.load(tmp_path / "agent.safetensors").target_return == 3400.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_of_another_type_is_refused(dtype):
+    with pytest.raises(ConfigError, match=f"must be of float32, not {dtype}"):
+        DecisionAgent(make_agent().model.to(dtype), target_return=1.0)
 
 
 def test_a_refused_call_leaves_the_episodes_as_they_are():

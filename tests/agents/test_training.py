@@ -303,7 +303,7 @@ def test_an_error_of_a_step_leaves_the_weights_those_of_the_steps_before():
     run(trainer, 2)
     batch = make_batch(2)
     wrong = dataclasses.replace(batch, observations=batch.observations[..., :3])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="observations must be"):
         trainer.step(wrong)
     assert trainer.is_between_steps
     assert trainer.step_count == 2

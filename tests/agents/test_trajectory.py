@@ -148,6 +148,23 @@ def test_padding_changes_nothing(kind, padding, fill):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("observations", torch.zeros(B, T, 1), r"must be \(B, T, 5\), not \(3, 20, 1\)"),
+        ("observations", torch.zeros(T, O), r"must be \(B, T, 5\), not \(20, 5\)"),
+        ("actions", torch.zeros(B, T - 1, A), r"must be \(3, 20, 2\), not \(3, 19, 2\)"),
+        ("returns", torch.zeros(B, 1), r"must be \(3, 20\), not \(3, 1\)"),
+        ("timesteps", torch.arange(T), r"must be \(3, 20\), not \(20,\)"),
+        ("mask", torch.ones(B, T), "must be bool of"),
+        ("resets", torch.zeros(B, 1, dtype=torch.bool), "must be bool of"),
+    ],
+)
+def test_inputs_of_another_shape_are_refused_by_name(name, given, message):
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        make("joint")(**make_inputs() | {name: given})
+
+
 def test_loss_is_the_mean_over_valid_steps_in_units_of_the_bounds():
     predicted, actions = torch.randn(2, 2, 3, A, dtype=torch.float64)
     mask = torch.tensor([[True, True, False], [True, False, False]])

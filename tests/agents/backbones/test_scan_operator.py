@@ -78,6 +78,11 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
         gated_scan(torch.zeros(2, 4, 10), **change)
 
 
+def test_an_input_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"projected must be .B, T, G\*H. .*, not \(4, 10\)"):
+        gated_scan(torch.zeros(4, 10))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_sequence_gives_no_states_and_no_step_is_refused(dtype):
     states, last = gated_scan(torch.zeros(0, 4, 10, dtype=dtype))
