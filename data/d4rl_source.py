@@ -80,7 +80,9 @@ def import_d4rl(
     if not path.is_file():
         raise DatasetError(f"there is no file {path}")
     columns = _read(path, task)
-    card = _describe(path, dataset_id, task, columns, (reference_scores or {}).get(task_name))
+    version = default_id.rpartition("-")[2]
+    references = (reference_scores or {}).get(task_name)
+    card = _describe(path, dataset_id, version, task, columns, references)
     write_columns(columns, card, _MAX_EPISODE_STEPS, on_bad_episode)
     return dataset_id
 
@@ -142,6 +144,7 @@ def _column(
 def _describe(
     path: Path,
     dataset_id: str,
+    version: str,
     task: _Task,
     columns: Columns,
     reference_scores: tuple[float, float] | None,
@@ -158,8 +161,8 @@ def _describe(
         action_space=Box(-1.0, 1.0, (task.action_size,), np.float32),
         algorithm_name="see D4RL",
         description=(
-            f"D4RL-v2 data imported from {path.name}. It was collected in mujoco-py's v2 physics; "
-            f"{task.environment_id} is the closest environment of Gymnasium."
+            f"D4RL-{version} data imported from {path.name}. It was collected in mujoco-py's v2 "
+            f"physics; {task.environment_id} is the closest environment of Gymnasium."
             + (
                 ""
                 if columns.next_observations is not None

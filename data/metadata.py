@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Metadata:
     max_episode_steps: int | None
     reference_min: float | None
     reference_max: float | None
-    is_d4rl: bool
+    d4rl_version: str | None
 
 
 def _read_count(raw: Mapping[str, Any], name: str) -> int:
@@ -90,6 +91,12 @@ def _read_scores(raw: Mapping[str, Any]) -> tuple[float, float] | tuple[None, No
     return low, high
 
 
+def _read_d4rl_version(raw: Mapping[str, Any]) -> str | None:
+    """Return the version of the D4RL file that it was imported from, such as v2, if it was."""
+    found = re.match(r"D4RL-(v\d+) ", str(raw.get("description", "")))
+    return found[1] if found else None
+
+
 def check_reference_scores(low: float, high: float) -> None:
     """Do nothing, if returns can be put in percent between these.
 
@@ -135,7 +142,7 @@ def read_metadata(dataset_id: str, folder: Path) -> Metadata:
             max_episode_steps=int(limit) if limit is not None else None,
             reference_min=reference_min,
             reference_max=reference_max,
-            is_d4rl=str(raw.get("description", "")).startswith("D4RL"),
+            d4rl_version=_read_d4rl_version(raw),
         )
     except DatasetError:
         raise
@@ -162,8 +169,8 @@ def describe_dataset(metadata: Metadata, actions: np.ndarray, sha256: str) -> Da
     where = f" on {metadata.environment_id}" if metadata.environment_id else ""
     if metadata.dataset_id.startswith("minrl/"):
         note = f"embedded minrl data{where}, D4RL reference scores"
-    elif metadata.is_d4rl:
-        note = f"D4RL-v2 data{where}, D4RL reference scores"
+    elif metadata.d4rl_version:
+        note = f"D4RL-{metadata.d4rl_version} data{where}, D4RL reference scores"
     elif metadata.reference_min is not None:
         note = f"Minari data{where}, the dataset's own reference scores"
     else:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import tyro
 
+from minrl.errors import ConfigError
 from minrl.scripts import memory_report
 from minrl.scripts.benchmarks.report import rounded
 from minrl.scripts.examples.ppo_recurrent import Config, train
@@ -35,7 +36,7 @@ class Study:
     seeds: int = 3
     runs: Path = Path("runs/memory")
     """Folder of the learning curves."""
-    results: Path = Path("results")
+    results: Path = Path("runs/memory")
     """Folder of memory.json and memory.png."""
     processes: int = 2
     report_only: bool = False
@@ -133,7 +134,14 @@ def report(study: Study) -> None:
 
 
 def main(study: Study) -> None:
-    """Train what is missing, then report."""
+    """Train what is missing, then report.
+
+    Raises:
+        ConfigError: If a task or a core is unknown.
+    """
+    for name, given, known in (("task", study.tasks, TASKS), ("core", study.cores, CORES)):
+        if unknown := set(given) - set(known):
+            raise ConfigError(f"{name} must be of {', '.join(known)}, not {min(unknown)!r}")
     study.runs.mkdir(parents=True, exist_ok=True)
     if not study.report_only:
         missing = [config for config in configs_of(study).values() if not is_complete(config)]
@@ -149,4 +157,7 @@ def main(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study))
+    try:
+        main(tyro.cli(Study))
+    except ConfigError as error:
+        raise SystemExit(f"memory_study: error: {error}") from None

@@ -50,15 +50,14 @@ class RunFolder:
         Raises:
             ConfigError: If the folder has something in it already, or cannot be made.
         """
-        path = config.run_dir
-        if path is None:
-            name = f"{config.model.backbone}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-            path = Path("runs", "+".join(config.dataset), name)
-        run = cls(path)
-        run._refuse_used()  # before its lock would be in it
+        name = f"{config.model.backbone}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        default = Path("runs", "+".join(config.dataset), name)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            run = cls(config.run_dir or _make_one_of_its_own(default))
+            run._refuse_used()  # before its lock would be in it
+            run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            path = config.run_dir or default
             raise ConfigError(f"run-dir {path} cannot be made: {error}") from error
         with run.locked():
             run._refuse_used()
@@ -211,6 +210,20 @@ class RunFolder:
                 f"run-dir {path} exists already: choose another, or go on with it by "
                 f"minrl train --resume {path}"
             )
+
+
+def _make_one_of_its_own(path: Path) -> Path:
+    """Make a folder that nobody else has, numbered if another run began in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made, number = path, 1
+    while True:
+        try:
+            made.mkdir()
+        except FileExistsError:
+            number += 1
+            made = path.with_name(f"{path.name}-{number}")
+        else:
+            return made
 
 
 class Metrics:

@@ -23,7 +23,6 @@ from minrl.scripts.train_setup import complete
 
 # Behaviour cloning is the backbone without memory, on all episodes or on the best tenth.
 CLONING = {"bc": ("mlp", 1.0), "bc10": ("mlp", 0.1)}
-OF_CLONING = {"tokens", "best_fraction"}  # with others it would be another method
 TASKS = {re.sub(r"^minrl/(.*)-v0$", r"\1", name): name for name in EMBEDDED_IDS}
 
 # What the grid itself decides, and what may differ between a run and its continuation.
@@ -47,7 +46,8 @@ class StudyConfig:
     preset: str = "quick"
     """As in minrl train: quick or paper."""
     set: tuple[str, ...] = ()
-    """Flags of minrl train for all runs, such as steps=10000 batch-size=64 "targets=3600 1800"."""
+    """Flags of minrl train for all runs, such as steps=10000 batch-size=64 "targets=3600 1800"; bc
+    and bc10 keep their tokens and their share of the data."""
     vary: tuple[str, ...] = ()
     """Ablations, such as tokens=joint,interleaved context=20,100: beside each run, one for each
     value that its method does not have anyway; one flag at a time."""
@@ -154,8 +154,7 @@ def methods_of(study: StudyConfig, dataset: tuple[str, ...]) -> list[tuple[str, 
             name = setting.partition("=")[0].replace("-", "_")
             variant = configure(study.preset, dataset, method, (*study.set, setting))
             is_known = variant in [config for _, config in found]
-            skipped = variant.ignored() | (OF_CLONING if method in CLONING else set())
-            if not is_known and name not in skipped:
+            if not is_known and name not in variant.ignored():
                 found.append((f"{method},{quote(setting, safe='=+')}", variant))
     return found
 
@@ -190,7 +189,11 @@ def configure(
         except ValueError as error:
             raise ConfigError(f"{setting!r} cannot be read: {error}") from error
     parsing = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
-    return tyro.cli(TrainConfig, prog="minrl train", args=flags, default=base, config=parsing)
+    config = tyro.cli(TrainConfig, prog="minrl train", args=flags, default=base, config=parsing)
+    if method in CLONING:  # with other tokens or episodes it would be another method
+        model = dataclasses.replace(config.model, tokens=base.model.tokens)
+        config = dataclasses.replace(config, best_fraction=best_fraction, model=model)
+    return config
 
 
 def load_sizes(dataset: tuple[str, ...], on_bad_episode: str) -> tuple[int, int]:

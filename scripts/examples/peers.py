@@ -36,6 +36,7 @@ from minrl.scripts.examples.d3rlpy_agents import (
     TransformerPolicy,
     make_replay_buffer,
 )
+from minrl.scripts.imports import import_named
 from minrl.scripts.train_config import DEFAULT_DATASET, PRESETS, TrainConfig
 from minrl.scripts.train_setup import complete
 
@@ -172,6 +173,7 @@ class Settings:
             which returns it is asked for.
         held_out: Share of the episodes kept from training, if not that of the preset.
         targets: Returns to ask dt for, if not those of the preset.
+        on_bad_episode: As in minrl train: raise, or drop.
         seed: Of weights, batches, held-out episodes and evaluation.
         steps: Training steps; by default what d3rlpy's script takes.
         episodes: For each target at the end.
@@ -184,6 +186,7 @@ class Settings:
     preset: Literal["quick", "paper"] = "quick"
     held_out: float | None = None
     targets: tuple[float, ...] = ()
+    on_bad_episode: Literal["raise", "drop"] = "raise"
     seed: int = 0
     steps: int | None = None
     episodes: int = 100
@@ -297,7 +300,7 @@ def main(settings: Settings) -> dict:
     output = settings.output or Path("runs", "+".join(settings.dataset), name)
     if (output / "peer.json").exists():
         raise ConfigError(f"output {output} has a peer.json already: choose another")
-    episodes = load_dataset(settings.dataset)
+    episodes = load_dataset(settings.dataset, on_bad_episode=settings.on_bad_episode)
     config = complete_settings(settings, episodes)
     training, _ = episodes.split(config.held_out, config.seed)
     started = time.perf_counter()
@@ -326,6 +329,7 @@ def main(settings: Settings) -> dict:
 
 if __name__ == "__main__":
     try:
+        import_named()
         main(tyro.cli(Settings))
     except MinrlError as error:
         raise SystemExit(f"peers: error: {error}") from None

@@ -143,7 +143,7 @@ class Settings:
     width: int = 64
     evaluations: int = 30
     device: str = "auto"
-    output: Path = Path("results/selective_copy.json")
+    output: Path = Path("runs/selective_copy.json")
 
     def on(self, device: torch.device) -> "Settings":
         """Fill in what is None."""

@@ -90,7 +90,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[dict[str, str]]]
     runs, left_out, seen = [], [], set()
     for root in folders:
         if not root.is_dir():
-            raise ConfigError(f"{root} is not a folder")
+            raise ConfigError(f"there is no folder or report.json at {root}")
         for path in sorted([*root.rglob(RUN_FILE), *root.rglob(PEER_FILE)]):
             if path.resolve() in seen:  # the given folders may hold one another
                 continue
@@ -240,7 +240,9 @@ def check_evaluation(evaluation: dict[str, Any]) -> None:
             raise ValueError(f"{name} of an evaluation is {evaluation[name]!r:.50}")
     for name in ("step", "episodes", "seed", "return_mean", "return_std", "score"):
         value = evaluation[name]
-        if not (is_finite_number(value) or (name == "score" and value is None)):
+        # The spread of a single episode is not known, nor a score without references.
+        is_unknown = value is None and name in ("return_std", "score")
+        if not (is_finite_number(value) or is_unknown):
             raise ValueError(f"{name} of an evaluation is {value!r:.50}")
 
 

@@ -187,10 +187,22 @@ def _scores(study: dict[str, Any]) -> str:
     scored = [task for task in study["tasks"] if task["unit"] == "score"]
     if not scored:
         return ""
-    own = [task["label"] for task in scored if task["own_references"]]
-    text = " Scores are percent of D4RL's reference returns: 0 is a random policy, 100 an expert"
-    text += f"; on {', '.join(own)} of the dataset's own." if own else "."
-    if not all((task["score_note"] or "").startswith("D4RL-v2") for task in scored):
+    by_scale: dict[str, list[str]] = {}
+    for task in scored:
+        by_scale.setdefault(task["scale"], []).append(task["label"])
+    of_d4rl = "D4RL's reference returns: 0 is a random policy, 100 an expert"
+    if by_scale.keys() == {"D4RL's"}:
+        text = f" Scores are percent of {of_d4rl}."
+    else:
+        whose = {
+            "D4RL's": of_d4rl,
+            "its own": "the dataset's own references",
+            "unknown": "references that are not recorded, or of several",
+        }
+        listed = (f"on {', '.join(by_scale[key])} of {whose[key]}" for key in by_scale)
+        text = f" Scores are percent, {'; '.join(listed)}."
+    notes = [task["score_note"] or "" for task in scored if task["scale"] == "D4RL's"]
+    if not all(note.startswith("D4RL-v2") for note in notes):
         text += (
             " On embedded or Minari data in v5 environments they are a common yardstick, not "
             "D4RL-v2 scores, and may not be compared with published D4RL tables."

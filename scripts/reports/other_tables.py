@@ -20,7 +20,7 @@ from minrl.scripts.reports.published import TASKS, PublishedTable
 
 def latency_table(study: dict[str, Any]) -> Table | None:
     """Return the latency of all methods in all ways of acting."""
-    if not study["latency"]:
+    if not (study["latency"] and study["latency"]["rows"]):
         return None
     rows = []
     for row in study["latency"]["rows"]:

@@ -73,7 +73,7 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
         members = by_task[datasets, environment]
         scored = all(e["score"] is not None for run in members for e in run.evaluations)
         notes = dict.fromkeys(run.score_note for run in members if run.score_note)
-        references = {run.references for run in members}
+        references = {run.references for run in members} - {None}
         shared = references.pop() if len(references) == 1 else None
         data = {run.data for run in members if run.data}
         described.append(
@@ -86,7 +86,7 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 if scored
                 else "no reference scores are known",
                 "references": shared,
-                "own_references": shared not in (None, *REFERENCE_SCORES.values()),
+                "scale": _scale_of(shared),
                 "targets": list(dict.fromkeys(t for run in members for t in run.targets)),
                 "same_data": len(data) < 2,
             }
@@ -96,6 +96,13 @@ def describe_tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if labels.count(task["label"]) > 1:
             task["label"] += f" in {task['environment']}"
     return described
+
+
+def _scale_of(references: tuple[float, float] | None) -> str:
+    """Say whose the references are that all runs of a task share."""
+    if references is None:
+        return "unknown"
+    return "D4RL's" if references in REFERENCE_SCORES.values() else "its own"
 
 
 def _label(dataset: str) -> str:

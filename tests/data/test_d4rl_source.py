@@ -83,6 +83,13 @@ def test_imported_dataset_says_where_it_belongs(root, tmp_path):
     assert info.score_note == "D4RL-v2 data on Hopper-v4, D4RL reference scores"
 
 
+def test_older_versions_are_called_what_they_are(root, tmp_path):
+    arrays = columns(10)
+    arrays["terminals"][9] = True
+    info = load_file(tmp_path / "hopper_medium-v0.hdf5", arrays).info
+    assert info.score_note == "D4RL-v0 data on Hopper-v4, D4RL reference scores"
+
+
 @pytest.mark.parametrize(
     ("name", "dataset_id", "expected"),
     [

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from minrl.errors import ConfigError
 from minrl.scripts import memory_report, memory_study, memory_tasks
 from minrl.scripts.memory_study import Study, curve_of, main
 
@@ -66,6 +67,14 @@ def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, monkeyp
     assert json.loads((study.results / "memory.json").read_text())["tasks"] == {}
     main(study)
     assert capsys.readouterr().out.count("recall-2-") == 4
+
+
+@pytest.mark.parametrize("wrong", [{"tasks": ("recall",)}, {"cores": ("rnn",)}])
+def test_unknown_names_are_refused_with_the_known_ones(study, wrong):
+    ((field, (name,)),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"{field[:-1]} must be of .*, not '{name}'"):
+        main(replace(study, **wrong))
+    assert not study.runs.exists()
 
 
 @pytest.mark.integration

@@ -69,6 +69,13 @@ def test_a_varied_field_adds_runs_that_differ_in_it_alone(hopper_id, tmp_path, p
     assert names == ["bc-s0", "bc,context=10-s0", "bc,learning-rate=1e-4-s0"]
 
 
+def test_cloning_stays_cloning_whatever_is_set_for_all(hopper_id, tmp_path, plan):
+    changed = ("tokens=interleaved", "best-fraction=0.5", "steps=7")
+    runs = plan(tmp_path, backbones=("mingru", "bc", "bc10"), more=changed)
+    told = [(run.model.tokens, run.best_fraction, run.steps) for run in runs]
+    assert told == [("interleaved", 0.5, 7), ("observation", 1.0, 7), ("observation", 0.1, 7)]
+
+
 def test_values_of_every_kind_can_be_set_and_told_apart(hopper_id, tmp_path, plan):
     more = ("targets=3000 1000", "learning_rate=1e-4", "learn-initial-state=False")
     (run,) = plan(tmp_path, more=more)

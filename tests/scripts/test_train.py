@@ -160,6 +160,21 @@ def test_a_used_run_folder_is_not_touched(finished, hopper_id):
         train(make_config(hopper_id, finished / "config.json"))
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    hopper_id, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20250101-000000")
+    config = make_config(hopper_id, None)
+    names = [RunFolder.create(config).path.name for _ in range(3)]
+    assert names == [f"mingru-s0-20250101-000000{end}" for end in ("", "-2", "-3")]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("runs").touch()
+    with pytest.raises(ConfigError, match=r"run-dir runs/.* cannot be made"):
+        RunFolder.create(config)
+
+
 WRONG = {
     "context-too-long": (
         {"context": 5000},

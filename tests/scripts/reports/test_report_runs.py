@@ -167,7 +167,21 @@ def test_references_of_the_datasets_own_are_called_that(write_run, tmp_path):
     around = dict.fromkeys(("latency", "machine", "minrl", "made"), "")
     study = summarise(runs, name_methods(runs), []) | around
     assert study["tasks"][0]["references"] == [0.0, 1000.0]
-    assert "on hopper medium of the dataset's own" in make_markdown(study, {}, {})
+    text = make_markdown(study, {}, {})
+    assert "Scores are percent, on hopper medium of the dataset's own references." in text
+    assert "D4RL's" not in text.partition("Protocol")[2].partition("|")[0]
+    runs[0].references = None
+    study = summarise(runs, name_methods(runs), []) | around
+    assert "on hopper medium of references that are not recorded" in make_markdown(study, {}, {})
+
+
+def test_an_evaluation_of_a_single_episode_counts(write_run, tmp_path):
+    path = write_run("hopper-s0")
+    lines = [json.loads(line) for line in (path / "evaluations.jsonl").read_text().splitlines()]
+    single = [line | {"episodes": 1, "return_std": None} for line in lines]
+    (path / "evaluations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in single))
+    run = read(tmp_path)[0]["hopper-s0"]
+    assert {e["episodes"] for e in run.evaluations} == {1}
 
 
 def test_a_name_with_dollars_is_no_formula(write_run, tmp_path):
@@ -182,7 +196,7 @@ def test_nothing_to_report_says_why(write_run, tmp_path):
     (write_run() / "evaluations.jsonl").unlink()
     with pytest.raises(ConfigError, match="no final evaluation"):
         find_runs([tmp_path])
-    with pytest.raises(ConfigError, match="not a folder"):
+    with pytest.raises(ConfigError, match=r"no folder or report\.json at"):
         find_runs([tmp_path / "nowhere"])
 
 
