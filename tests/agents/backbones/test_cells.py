@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from minrl import Backbone, MinGRU, MinLSTM
+from minrl.agents.backbones.dropout import dropout
 
 CELLS = {
     "mingru": MinGRU,
@@ -54,7 +55,7 @@ def test_in_training_what_goes_from_layer_to_layer_is_dropped(make):
         for name, parameter in layer.named_parameters():
             parameter.data = cell.get_parameter(name.replace("l0", f"l{index}")).data
     torch.manual_seed(7)
-    expected, _ = layers[1](nn.functional.dropout(layers[0](x)[0], 0.5))
+    expected, _ = layers[1](dropout(layers[0](x)[0], 0.5, training=True))
     torch.manual_seed(7)
     torch.testing.assert_close(cell(x)[0], expected)
     torch.testing.assert_close(cell.eval()(x)[0], layers[1](layers[0](x)[0])[0])
