@@ -100,7 +100,7 @@ def test_only_what_is_trained_on_is_looked_at(monkeypatch, tmp_path):
     poisoned = held_out.observations[:, 0]
     for row in np.flatnonzero(np.isin(episodes.observations[:, 0], poisoned)):
         episodes.observations[row] = 1e6
-    monkeypatch.setattr(train_module, "load_dataset", lambda *_, **__: episodes)
+    monkeypatch.setattr(train_module, "load_first_on_rank_zero", lambda *_: episodes)
     config = dataclasses.replace(
         CONFIG,
         dataset=("test/toy-v0",),
