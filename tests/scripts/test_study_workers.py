@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import signal
 
@@ -101,6 +102,20 @@ def test_two_at_work_on_one_run_take_turns(hopper_id, tmp_path):
     assert ended == [(run, None)] * 2
     rows = [row["step"] for row in RunFolder(run.run_dir).read_metrics() if "train/loss" in row]
     assert rows == list(range(10, 61, 10))
+
+
+def test_studies_in_one_folder_each_train_their_seeds(hopper_id, tmp_path):
+    with contextlib.ExitStack() as both:
+        studies = [
+            both.enter_context(
+                start_study(tmp_path, hopper_id, "--first-seed", first, seeds=1, steps=20)
+            )
+            for first in ("0", "1")
+        ]
+        ends = [process.wait(PATIENCE) for process in studies]
+    assert ends == [0, 0]
+    runs = [RunFolder(tmp_path / hopper_id / f"mingru-s{seed}") for seed in (0, 1)]
+    assert all(run.is_finished() for run in runs)
 
 
 def test_a_worker_uses_the_threads_it_is_given(hopper_id, tmp_path):
