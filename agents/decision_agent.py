@@ -3,7 +3,7 @@
 import numbers
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from minrl.agents.fast_step import fast_step
 from minrl.agents.files import write_atomically
 from minrl.agents.plain_step import plain_step
 from minrl.agents.recent_steps import RecentSteps
+from minrl.agents.relay import Relay
 from minrl.agents.starts import Starts, checked_target
 from minrl.agents.step_policy import StepPolicy
 from minrl.agents.trajectory import TrajectoryModel
@@ -32,15 +33,18 @@ class AgentState:
     Its size does not depend on how many steps were taken.
 
     Attributes:
-        model: The model's state, (B, S); its last values are the last action.
+        model: The model's state, (B, S), or those of the relay, (B*M, S); its last values are the
+            last action.
         asked_for: What the last step was told of the return, (B,) float64, in reward units.
         timesteps: Step in the episode, (B,) int64; -1 before the first.
-        window: The last steps, if the state is rebuilt from them now and then.
+        relay: How an environment's states take turns, if there is more than one.
+        window: The last steps, if a Transformer's state is rebuilt from them now and then.
     """
 
     model: Tensor
     asked_for: np.ndarray
     timesteps: np.ndarray
+    relay: Relay | None = None
     window: RecentSteps | None = None
     refresh_every: int = 0
 
@@ -53,7 +57,8 @@ class DecisionAgent:
         target_return: Return asked for, in reward units, unless ``reset`` is given another.
         refresh_every: Rebuild the recurrent state from the last ``context`` steps each time an
             episode has gone on for this many steps: 0 never (recurrent acting, cost per step
-            independent of any window), 1 at every step (windowed acting, like a Transformer's).
+            independent of any window), 1 at every step (windowed acting, like a Transformer's). But
+            for a Transformer no step is gone through again: see :class:`minrl.agents.relay.Relay`.
         context: Steps of that window.
         info: Kept with the weights when saved: dataset, training configuration and so on.
 
@@ -282,14 +287,15 @@ class DecisionAgent:
         }
 
     def _fresh_state(self, batch: int) -> AgentState:
-        window = None
-        if self.refresh_every:
+        window = relay = None
+        if self.refresh_every and self.model.config.backbone == "transformer":
             window = RecentSteps(self.model, batch, self.context)
+        elif self.refresh_every:
+            relay = Relay(self.refresh_every, self.context)
         with torch.inference_mode():
-            model_state = self._policy.initial_state(batch)
-        return AgentState(
-            model_state, np.zeros(batch), np.full(batch, -1), window, self.refresh_every
-        )
+            model_state = self._policy.initial_state(batch * (relay.size if relay else 1))
+        asked_for, timesteps = np.zeros(batch), np.full(batch, -1)
+        return AgentState(model_state, asked_for, timesteps, relay, window, self.refresh_every)
 
     def _advance(
         self,
@@ -306,15 +312,34 @@ class DecisionAgent:
         asked_for = _asked_for(state, rewards, starts, targets, condition)
         timesteps = state.timesteps + 1
         timesteps[starts] = 0
-        inputs = (observations, asked_for, timesteps, starts, state.model)
+        inputs = (observations, asked_for, timesteps, starts)
+        if state.relay is not None:
+            begins = state.relay.begins(timesteps).ravel()
+            inputs = (*(np.repeat(x, state.relay.size, axis=0) for x in inputs[:3]), begins)
         if state.window is not None or self.model.training:  # in training there may be dropout
             window = (state.window, state.refresh_every)
-            actions, model_state = plain_step(self._policy, *inputs, *window)
+            actions, model_state = plain_step(self._policy, *inputs, state.model, *window)
         else:
             self._step = self._step or fast_step(self._policy)
-            actions, model_state = self._step(*inputs)
-        after = AgentState(model_state, asked_for, timesteps, state.window, state.refresh_every)
-        return actions, after
+            actions, model_state = self._step(*inputs, state.model)
+        if state.relay is not None:
+            actions = self._take_turns(state.relay, timesteps, actions, model_state)
+        return actions, replace(state, model=model_state, asked_for=asked_for, timesteps=timesteps)
+
+    def _take_turns(
+        self, relay: Relay, timesteps: np.ndarray, proposed: np.ndarray, states: Tensor
+    ) -> np.ndarray:
+        """Return the actions of the states whose turn it is, and tell them to all states."""
+        batch, size = len(timesteps), self.model.action_size
+        rows = np.arange(batch) * relay.size + relay.acting(timesteps)
+        actions = proposed[rows]
+        if states.device.type == "cpu":  # by a twentieth of a millisecond quicker than the other
+            states.numpy().reshape(batch, relay.size, -1)[:, :, -size:] = actions[:, None]
+        else:
+            with torch.inference_mode():
+                taken = torch.from_numpy(actions).to(states.device)
+                states[:, -size:] = taken.repeat_interleave(relay.size, dim=0)
+        return actions
 
     def _check(self, observations: np.ndarray) -> None:
         size = self.model.observation_size

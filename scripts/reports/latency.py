@@ -67,7 +67,7 @@ def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str,
                     "method": method.name,
                     "acting": acting,
                     "as_trained": way == trained_for and not is_eager,
-                    "compiled": has_compiled and way == RECURRENT and not is_eager,
+                    "compiled": has_compiled and not is_eager,
                 }
             )
     clock = Clock(torch.device("cpu"))
@@ -89,7 +89,7 @@ def measure_latency(runs: Sequence[Run], methods: Sequence[Method]) -> dict[str,
 
 
 def _has_compiled_step(folder: Path) -> bool:
-    """Return whether a run's agent acts recurrently by compiled code, here and now."""
+    """Return whether a run's agent acts by compiled code, here and now."""
     with contextlib.suppress(CheckpointError):  # why will be said where it is timed
         return native_step(StepPolicy(DecisionAgent.load(folder).model)) is not None
     return False

@@ -37,9 +37,9 @@ def latency_table(study: dict[str, Any]) -> Table | None:
         "DecisionAgent.act for one environment, from observation to action, the agents in turns, "
         f"the window full; on {machine(study['latency']['device'])}, "
         f"{study['latency']['threads']} thread(s). Recurrent: a state is carried along; windowed: "
-        "the last steps are gone through again at every step; cached: keys and values are kept. "
-        "What is not compiled runs PyTorch operation by operation, as the eager rows do: what "
-        "architectures cost is compared by these."
+        "as if the last steps were gone through again at every step; cached: keys and values are "
+        "kept. What is not compiled runs PyTorch operation by operation, as the eager rows do: "
+        "what architectures cost is compared by these."
     )
     heads = ("method", "way of acting", "median", "p95", "actions per second", "calls timed")
     return Table("", heads_of(*heads), rows, [note])

@@ -48,6 +48,27 @@ def test_refreshing_at_every_step_equals_a_forward_over_the_window(kind):
 
 
 @every_kind
+@pytest.mark.parametrize(
+    ("refresh_every", "context"), [(2, 6), (2, 5), (4, 5), (5, 5), (7, 3), (3, 10), (3, 1), (1, 1)]
+)
+def test_a_state_in_its_turn_has_seen_the_window_before_it_and_no_more(
+    kind, refresh_every, context
+):
+    agent = make_agent(kind, refresh_every=refresh_every, context=context)
+    observations, rewards = make_episode(30)
+    agent.reset(num_envs=ROWS)
+    actions = act_through(agent, observations, rewards)
+    for t in range(30):
+        turn = t // refresh_every * refresh_every
+        seen = slice(None, t + 1)
+        first = max(0, turn - context + 1)
+        expected = forward_over(
+            agent, observations[seen], actions[seen], rewards[seen], 100.0, first
+        )
+        np.testing.assert_allclose(actions[t], expected[-1], atol=1e-6)
+
+
+@every_kind
 @pytest.mark.parametrize("refresh_every", [0, 1, 4])
 def test_resetting_rows_makes_fresh_agents_of_them_and_leaves_the_others_alone(kind, refresh_every):
     options = {"refresh_every": refresh_every, "context": 5}

@@ -80,7 +80,8 @@ def test_one_real_run_makes_a_report(trained, tmp_path):
     acting = {row["acting"]: row for row in study["latency"]["rows"]}
     assert 0 < acting["recurrent"]["median"] < 1
     has_compiled = native_step(StepPolicy(DecisionAgent.load(trained).model)) is not None
-    assert [name for name, row in acting.items() if row["compiled"]] == ["recurrent"] * has_compiled
+    compiled = [name for name, row in acting.items() if row["compiled"]]
+    assert compiled == ["recurrent", "windowed"] * has_compiled
     assert set(acting) == {"recurrent", "windowed", *["recurrent, eager"] * has_compiled}
     cell = overview(study).rows[0][-1]
     assert cell.below.endswith(", compiled") == has_compiled
@@ -93,12 +94,13 @@ def test_one_real_run_makes_a_report(trained, tmp_path):
     assert "may not be compared with published D4RL tables" in page
 
 
-def test_what_acts_on_windows_is_not_called_compiled(trained):
+def test_what_acts_on_windows_is_compiled_too(trained):
     (run,), _ = find_runs([trained])
     run.refresh_every = 1
     timed = measure_latency([run], name_methods([run]))["rows"]
     (as_trained,) = [row for row in timed if row["as_trained"]]
-    assert (as_trained["acting"], as_trained["compiled"]) == ("windowed", False)
+    has_compiled = native_step(StepPolicy(DecisionAgent.load(trained).model)) is not None
+    assert (as_trained["acting"], as_trained["compiled"]) == ("windowed", has_compiled)
 
 
 def test_without_a_compiler_nothing_is_called_compiled(trained, monkeypatch):
