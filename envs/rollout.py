@@ -112,6 +112,7 @@ def play_episodes(
     on_episode: Callable[[int, float, int], None] | None = None,
 ) -> Evaluation:
     """Play the episodes of lanes that are made for as many and this seed; see ``evaluate``."""
+    target_return = None if target_return is None else float(target_return)  # not NumPy's
     table = lanes.table
     observations, rewards = table["observation"], table["reward"]
     ended_episodes = table["ended_episode"]
@@ -202,7 +203,6 @@ def evaluate(
     """
     episodes, seed = whole_number("episodes", episodes, 1), whole_number("seed", seed, 0)
     num_workers = whole_number("num_workers", num_workers, 0)
-    target_return = None if target_return is None else float(target_return)  # not NumPy's
     if max_episode_steps is not None:
         max_episode_steps = whole_number("max_episode_steps", max_episode_steps, 1)
     if references is not None and not 0 < references[1] - references[0] < math.inf:

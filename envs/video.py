@@ -204,7 +204,6 @@ def record_video(
             ``minrl.envs.rollout.evaluate``.
     """
     seed = whole_number("seed", seed, 0)
-    target_return = None if target_return is None else float(target_return)  # not NumPy's
     path = Path(path)
     write = choose_writer(path)
     with closing(_make_filmable(environment_id, max_episode_steps)) as environment:
