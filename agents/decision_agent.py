@@ -38,7 +38,7 @@ class AgentState:
         asked_for: What the last step was told of the return, (B,) float64, in reward units.
         timesteps: Step in the episode, (B,) int64; -1 before the first.
         relay: How an environment's states take turns, if there is more than one.
-        window: The last steps, if a Transformer's state is rebuilt from them now and then.
+        window: The last steps, if a Transformer goes through them at every step.
     """
 
     model: Tensor
@@ -46,7 +46,6 @@ class AgentState:
     timesteps: np.ndarray
     relay: Relay | None = None
     window: RecentSteps | None = None
-    refresh_every: int = 0
 
 
 class DecisionAgent:
@@ -57,8 +56,9 @@ class DecisionAgent:
         target_return: Return asked for, in reward units, unless ``reset`` is given another.
         refresh_every: Rebuild the recurrent state from the last ``context`` steps each time an
             episode has gone on for this many steps: 0 never (recurrent acting, cost per step
-            independent of any window), 1 at every step (windowed acting, like a Transformer's). But
-            for a Transformer no step is gone through again: see :class:`minrl.agents.relay.Relay`.
+            independent of any window), 1 at every step (windowed acting, like a Transformer's). No
+            step is gone through again for it, see :class:`minrl.agents.relay.Relay`, but at 1 by a
+            Transformer, which spares it a cache of keys and values for every step of the window.
         context: Steps of that window.
         info: Kept with the weights when saved: dataset, training configuration and so on.
 
@@ -240,7 +240,8 @@ class DecisionAgent:
     @refresh_every.setter
     def refresh_every(self, steps: int) -> None:
         steps = _checked_count("refresh_every", steps, 0)
-        refuse_much_memory(self.model, self.context if steps else 0)
+        relay = self._relay(steps)
+        refuse_much_memory(self.model, self.context if steps else 0, relay.size if relay else 1)
         self._refresh_every = steps
 
     @property
@@ -286,16 +287,18 @@ class DecisionAgent:
             },
         }
 
+    def _relay(self, refresh_every: int) -> Relay | None:
+        goes_through = refresh_every == 1 and self.model.config.backbone == "transformer"
+        return Relay(refresh_every, self.context) if refresh_every and not goes_through else None
+
     def _fresh_state(self, batch: int) -> AgentState:
-        window = relay = None
-        if self.refresh_every and self.model.config.backbone == "transformer":
+        relay, window = self._relay(self.refresh_every), None
+        if self.refresh_every and relay is None:
             window = RecentSteps(self.model, batch, self.context)
-        elif self.refresh_every:
-            relay = Relay(self.refresh_every, self.context)
         with torch.inference_mode():
             model_state = self._policy.initial_state(batch * (relay.size if relay else 1))
         asked_for, timesteps = np.zeros(batch), np.full(batch, -1)
-        return AgentState(model_state, asked_for, timesteps, relay, window, self.refresh_every)
+        return AgentState(model_state, asked_for, timesteps, relay, window)
 
     def _advance(
         self,
@@ -317,8 +320,7 @@ class DecisionAgent:
             begins = state.relay.begins(timesteps).ravel()
             inputs = (*(np.repeat(x, state.relay.size, axis=0) for x in inputs[:3]), begins)
         if state.window is not None or self.model.training:  # in training there may be dropout
-            window = (state.window, state.refresh_every)
-            actions, model_state = plain_step(self._policy, *inputs, state.model, *window)
+            actions, model_state = plain_step(self._policy, *inputs, state.model, state.window)
         else:
             self._step = self._step or fast_step(self._policy)
             actions, model_state = self._step(*inputs, state.model)

@@ -23,7 +23,6 @@ def plain_step(
     starts: np.ndarray,
     state: Tensor,
     window: RecentSteps | None = None,
-    refresh_every: int = 0,
 ) -> tuple[np.ndarray, Tensor]:
     """Return the actions and the next state; see :meth:`StepPolicy.forward`.
 
@@ -34,8 +33,8 @@ def plain_step(
         timesteps: (B,) int64.
         starts: (B,) bool.
         state: (B, S), on the policy's device.
-        window: The steps before this one, to which it is added.
-        refresh_every: Rebuild the state from the window every so many steps of an episode.
+        window: The steps before this one, to which it is added: the model goes through them all
+            rather than on from the state, of which only the last action is then kept.
     """
     model = policy.model
     arrays = (
@@ -46,19 +45,16 @@ def plain_step(
     inputs = tuple(torch.from_numpy(array).to(state.device) for array in arrays)
     reset = torch.from_numpy(starts).to(state.device) if starts.any() else None
     with few_threads(len(observations)):
-        if window is not None:
-            seen = (*without_outliers(model, *inputs[:2]), inputs[2])
-            window.append(*seen, policy.split(state)[-1], starts)
-        if window is not None and refresh_every == 1:  # nothing is ever read from the state
-            actions = inside_bounds(model, window.predict(model))
-            after = policy.join((*policy.split(state)[:-1], actions))
-        else:
+        if window is None:
             actions, after = policy(*inputs, reset, state)
-        if window is not None and refresh_every > 1:
-            due = (timesteps > 0) & (timesteps % refresh_every == 0)
-            predicted, parts = window.refresh(model, due, actions, policy.split(after))
-            actions = inside_bounds(model, predicted)
-            after = policy.join((*parts[:-1], actions))
+        else:
+            *parts, previous_actions = policy.split(state)
+            seen = without_outliers(model, *inputs[:2])
+            window.append(
+                *seen, timesteps=inputs[2], previous_actions=previous_actions, starts=starts
+            )
+            actions = inside_bounds(model, window.predict(model))
+            after = policy.join((*parts, actions))
     return actions.cpu().numpy(), after
 
 

@@ -1,15 +1,14 @@
-"""The last steps of running episodes, from which a recurrent state can be rebuilt."""
+"""The last steps of running episodes, for a Transformer to go through."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minrl.agents.backbones.blocks import State
 from minrl.agents.trajectory import TrajectoryModel
 
 
 class RecentSteps:
-    """The last ``context`` steps of each of B episodes, to rebuild recurrent states from."""
+    """The last ``context`` steps of each of B episodes."""
 
     def __init__(self, model: TrajectoryModel, batch: int, context: int):
         zeros = model.action_low.new_zeros
@@ -50,32 +49,3 @@ class RecentSteps:
         """
         every, _ = model(self.observations, self.actions, self.returns, self.timesteps)
         return every[self.rows, self.lengths - 1]
-
-    def refresh(
-        self, model: TrajectoryModel, due: np.ndarray, predicted: Tensor, state: State
-    ) -> tuple[Tensor, State]:
-        """Return ``predicted`` and ``state`` with the rows that are ``due`` rebuilt from here.
-
-        All rows and steps are computed whichever are due, because the shape of a matrix product
-        decides its rounding: so no row's actions depend on when another was reset.
-        """
-        if not due.any():
-            return predicted, state
-        steps = torch.arange(self.observations.shape[1], device=self.rows.device)
-        every, rebuilt = model(
-            self.observations,
-            self.actions,
-            self.returns,
-            self.timesteps,
-            mask=steps < self.lengths.unsqueeze(1),
-        )
-        chosen = torch.from_numpy(due).to(self.rows.device)
-        pairs = [
-            (every[self.rows, self.lengths - 1], predicted),
-            *zip(rebuilt, state, strict=True),
-        ]
-        predicted, *state = (
-            torch.where(chosen.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
-            for new, old in pairs
-        )
-        return predicted, tuple(state)

@@ -71,6 +71,13 @@ HEADERS = {
         "a window of 20000000 steps takes about",
     ),
     "endless window": (lambda h: h["acting"].update(refresh_every=9, context=10**30), "takes"),
+    "caches in turn": (
+        lambda h: (
+            h["model"]["config"].update(attention_context=2000),
+            h["acting"].update(refresh_every=2, context=2000),
+        ),
+        "a window of 2000 steps takes about",
+    ),
     "no window": (lambda h: h["acting"].update(context=0), "context must be a whole number from 1"),
     "window of text": (lambda h: h["acting"].update(context="20"), "context must be a whole"),
     "refresh": (lambda h: h["acting"].update(refresh_every=-1), "refresh_every must be a whole"),
