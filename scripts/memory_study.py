@@ -8,6 +8,7 @@ that they would have now, are not repeated: stop it and start it again as you li
 need `pip install popgym`; they are left out, and named, where it is missing.
 """
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 import tyro
+from filelock import FileLock
 
+from minrl.agents.files import write_atomically
 from minrl.errors import ConfigError
 from minrl.scripts import memory_report
 from minrl.scripts.benchmarks.report import rounded
@@ -75,24 +78,30 @@ def curve_of(path: Path) -> list[dict[str, float]]:
     """Read the rows of a learning curve, none if it has not been begun."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # cut off
-        return [{name: float(text) for name, text in row.items()} for row in rows]
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # the last line may be cut off
+    return [{name: float(n) for name, n in row.items()} for row in csv.DictReader(whole.split())]
 
 
 def is_complete(config: Config) -> bool:
     """Say whether a run with these settings has reached its last step."""
-    rows, settings = curve_of(config.output), settings_file_of(config)
-    is_of_these = settings.exists() and json.loads(settings.read_text()) == settings_of(config)
+    rows, settings = curve_of(config.output), None
+    with contextlib.suppress(FileNotFoundError):
+        settings = json.loads(settings_file_of(config).read_text())
+    is_of_these = settings == settings_of(config)
     return is_of_these and bool(rows) and rows[-1]["steps"] >= config.total_steps
 
 
 def run(config: Config) -> str:
-    """Train once, on one thread."""
+    """Train once, on one thread, unless another study in this folder has done so meanwhile."""
     torch.set_num_threads(1)
-    config.output.unlink(missing_ok=True)  # of other settings: it must not pass for one of these
-    settings_file_of(config).write_text(json.dumps(settings_of(config)) + "\n")
-    last = train(config)[-1]
+    with FileLock(config.output.with_suffix(".lock"), poll_interval=0.5):
+        if not is_complete(config):
+            config.output.unlink(missing_ok=True)  # it must not pass for one with these settings
+            settings = json.dumps(settings_of(config)) + "\n"
+            write_atomically(settings_file_of(config), settings.encode())
+            train(config)
+        last = curve_of(config.output)[-1]
     return f"{config.output.stem}: {last['episodic_return']:.3g} after {last['seconds']:.0f} s"
 
 
@@ -125,7 +134,7 @@ def report(study: Study) -> None:
         "update": _updates_in(file) if study.report_only else memory_report.measure_updates(),
     }
     study.results.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rounded(result), indent=1) + "\n")
+    write_atomically(file, (json.dumps(rounded(result), indent=1) + "\n").encode())
     if rows:
         memory_report.draw(result["tasks"], study.results / "memory.png")
     memory_report.print_returns(result["tasks"])

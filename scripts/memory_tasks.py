@@ -56,7 +56,7 @@ TASKS = {
             memory=20,
             gae_lambda=0.9,
             entropy_coefficient=0.0,
-            total_steps=200_000,
+            total_steps=400_000,
         ),
     ),
     "repeat-previous": Task(
@@ -69,7 +69,7 @@ TASKS = {
         replace(BASE, environment="popgym:popgym-CountRecallEasy-v0", memory=100),
     ),
     "hopper": Task(
-        "Hopper, no velocities (short)",
+        "Hopper, no velocities",
         replace(
             BASE,
             environment="Hopper-v5",
@@ -78,7 +78,7 @@ TASKS = {
             learning_rate=3e-4,
             memory=20,
             entropy_coefficient=0.0,
-            total_steps=60_000,
+            total_steps=300_000,
         ),
     ),
     "recall-200": Task(

@@ -8,7 +8,7 @@
 AMAGO wants gymnasium below 1.0 and this package one above, so no extra installs both; the adapter
 needs no gymnasium, and AMAGO 3.3 has been run, in an environment of its own, with
 
-    pip install minrl
+    pip install .
     pip install gin-config einops termcolor accelerate wandb gym
     pip install --no-deps gymnasium==0.29.1 git+https://github.com/UT-Austin-RPL/amago
 

@@ -58,18 +58,3 @@ def check_call(function: Callable, *arguments: object, **keywords: object) -> No
         inspect.signature(function).bind(*arguments, **keywords)
     except TypeError as error:
         raise TypeError(f"{function.__qualname__}: {error}") from None
-
-
-def refuse_options(options: dict[str, object], **reasons: str) -> None:
-    """Refuse options of a core that mean nothing where a library keeps its states.
-
-    Args:
-        options: What the user wants the core to have.
-        **reasons: Why not, by the option's name.
-
-    Raises:
-        ValueError: If one of them is set.
-    """
-    for name, reason in reasons.items():
-        if options.get(name):
-            raise ValueError(f"{reason}: no {name}")

@@ -18,7 +18,7 @@ PufferLib 3 acts on from a state that it does not train from.
 import torch
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import refuse_options
+from minrl.agents.adapters.parts import refuse_options
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
 
 
@@ -139,16 +139,24 @@ class _Network(nn.Module):
     Args:
         hidden_size: H.
         num_layers: L.
-        **config: PufferLib's configuration of the network. What is an option of the cell
-            (``candidate``, ``memory``; of a minLSTM also ``normalize``, ``forget_bias``) goes
-            there, what is meant for other networks nowhere.
+        **config: PufferLib's configuration of the network. What is an option of the cell goes
+            there, but for ``learn_initial_state`` and ``return_cell``, what is meant for other
+            networks nowhere.
+
+    Raises:
+        ValueError: If one of these two is set.
     """
 
     cell: type[MinGRU]
-    cell_options: tuple[str, ...] = ("candidate", "memory")
+    cell_options: tuple[str, ...] = ("bias", "dropout", "candidate", "memory")
 
     def __init__(self, hidden_size: int, num_layers: int = 1, **config):
         super().__init__()
+        refuse_options(
+            config,
+            learn_initial_state="PufferLib starts from zeros",
+            return_cell="PufferLib is given one state",
+        )
         self.hidden_size, self.num_layers = hidden_size, num_layers
         options = {name: config[name] for name in self.cell_options if name in config}
         self.core = self.cell(hidden_size, hidden_size, num_layers, batch_first=True, **options)

@@ -26,8 +26,8 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import check_call, interface_of, refuse_options
-from minrl.agents.backbones.cells import CELLS
+from minrl.agents.adapters.libraries import check_call, interface_of
+from minrl.agents.adapters.parts import make_core, make_head
 
 with interface_of("ray", install='pip install "ray[rllib]"', known="2.60"):
     from ray.rllib.core.columns import Columns
@@ -42,6 +42,8 @@ with interface_of("ray", install='pip install "ray[rllib]"', known="2.60"):
     _ = Columns.STATE_IN, Columns.STATE_OUT, Columns.EMBEDDINGS, Columns.ACTION_DIST_INPUTS
 
 __all__ = ["MinimalRecurrentModule"]
+
+_CORE_OPTIONS = {"bias", "dropout", "candidate", "memory", "normalize", "forget_bias"}
 
 
 class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
@@ -62,8 +64,9 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
         """Build the layers; RLlib calls this.
 
         Raises:
-            ValueError: If the observations are not a one-dimensional Box, ``core`` is unknown, or
-                has one of the two options that it may not have.
+            ValueError: If the observations are not a one-dimensional Box, ``core`` is unknown, has
+                one of the options that it may not have, or has them outside of ``core_options``, or
+                RLlib's own LSTM is asked for too.
             TypeError: If the core has no such option.
         """
         space = self.observation_space
@@ -72,22 +75,24 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
                 f"observations must be a one-dimensional Box, not {space}; RLlib's connector "
                 "FlattenObservations makes them one"
             )
-        core = self.model_config.get("core", "mingru")
-        if core not in CELLS:
-            raise ValueError(f"core must be one of {sorted(CELLS)}, not {core!r}")
+        misplaced = sorted(_CORE_OPTIONS.intersection(self.model_config))
+        if misplaced:
+            raise ValueError(f"model_config: {', '.join(misplaced)} belong in core_options")
+        if self.model_config.get("use_lstm"):
+            raise ValueError("model_config: no use_lstm, the core is the memory already")
         width = self.model_config.get("hidden_size", 128)
-        layers = self.model_config.get("num_layers", 1)
         outputs = self.get_train_action_dist_cls().required_input_dim(space=self.action_space)
         self.encoder = nn.Sequential(nn.Linear(space.shape[0], width), nn.ReLU())
-        options = self.model_config.get("core_options", {})
-        refuse_options(
-            options,
+        self.core = make_core(
+            self.model_config.get("core", "mingru"),
+            width,
+            self.model_config.get("num_layers", 1),
+            self.model_config.get("core_options", {}),
             learn_initial_state="RLlib starts from zeros",
             return_cell="RLlib is given one state",
         )
-        self.core = CELLS[core](width, width, layers, batch_first=True, **options)
-        self.policy_head = _head(width, outputs)
-        self.value_head = _head(width, 1)
+        self.policy_head = make_head(width, outputs)
+        self.value_head = make_head(width, 1)
 
     def get_initial_state(self) -> dict[str, np.ndarray]:
         """Return the state before an episode, of one environment: {"h": (L, H)}, zeros."""
@@ -117,9 +122,3 @@ class MinimalRecurrentModule(TorchRLModule, ValueFunctionAPI):
         state = batch[Columns.STATE_IN]["h"].transpose(0, 1)  # L B H
         hidden, state = self.core(self.encoder(batch[Columns.OBS].float()), state)
         return hidden, {"h": state.transpose(0, 1)}
-
-
-def _head(width: int, outputs: int) -> nn.Module:
-    # The core's output is a weighted sum of its inputs: what differences of them mean, for example
-    # a velocity, takes one more layer.
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))

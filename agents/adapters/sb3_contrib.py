@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from minrl.agents.adapters.libraries import check_call, interface_of, refuse_options
+from minrl.agents.adapters.libraries import check_call, interface_of
+from minrl.agents.adapters.parts import refuse_options
 from minrl.agents.backbones.cells import MinGRU, MinLSTM
 
 with interface_of("sb3-contrib", install="pip install sb3-contrib", known="2.9"):

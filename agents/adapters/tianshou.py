@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minrl.agents.adapters.libraries import check_call, interface_of, refuse_options
-from minrl.agents.backbones.cells import CELLS
+from minrl.agents.adapters.libraries import check_call, interface_of
+from minrl.agents.adapters.parts import make_core, make_head
 
 with interface_of("tianshou", install="pip install tianshou", known="2.0"):
     from tianshou.data import Batch
@@ -68,21 +68,15 @@ class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
         **options: Any,
     ):
         super().__init__(int(np.prod(action_shape)))
-        if core not in CELLS:
-            raise ValueError(f"core must be one of {sorted(CELLS)}, not {core!r}")
-        refuse_options(
-            options,
+        width, self.state_size = hidden_layer_size, int(np.prod(state_shape))
+        self.state_axes = len(np.atleast_1d(state_shape))
+        self.encoder = nn.Sequential(nn.Linear(self.state_size, width), nn.ReLU())
+        self.core = make_core(
+            *(core, width, layer_num, options),
             learn_initial_state="Tianshou starts from zeros",
             return_cell="Tianshou is given one state",
         )
-        width = hidden_layer_size
-        self.encoder = nn.Sequential(nn.Linear(int(np.prod(state_shape)), width), nn.ReLU())
-        self.core = CELLS[core](width, width, layer_num, batch_first=True, **options)
-        # The core's output is a weighted sum of its inputs: what differences of them mean, for
-        # example a velocity, takes one more layer.
-        self.head = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.output_dim)
-        )
+        self.head = make_head(width, self.output_dim)
 
     def forward(
         self,
@@ -93,16 +87,21 @@ class MinimalRecurrent(ActionReprNetWithVectorOutput[Batch]):
         """Return the output at the last step, (B, A), and the state after it.
 
         Args:
-            obs: (B, T, D), or (B, D) for one step.
+            obs: (B, T, *state_shape), or (B, *state_shape) for one step.
             state: What the call before returned, {"hidden": (B, L, H)}; zeros if not given.
             info: Not looked at.
+
+        Raises:
+            KeyError: If there is a state without "hidden".
         """
         weight = self.core.weight_ih_l0
         obs = torch.as_tensor(obs, device=weight.device, dtype=weight.dtype)
-        if obs.dim() == 2:
-            obs = obs.unsqueeze(1)
+        steps = 1 if obs.dim() == 1 + self.state_axes else obs.shape[1]
+        obs = obs.reshape(len(obs), steps, self.state_size)
         hidden = None
         if state is not None:
+            if "hidden" not in state:
+                raise KeyError(f"expected a state with 'hidden', got one with {list(state.keys())}")
             hidden = torch.as_tensor(state["hidden"], device=weight.device).transpose(0, 1)  # L B H
         output, hidden = self.core(self.encoder(obs), hidden)
         # Tianshou keeps the state in its buffer: it must not hold on to the graph.

@@ -19,6 +19,8 @@ means "scan": they read the weights of an ``nn.GRU`` or ``nn.LSTM``, recurrent o
 a learned initial state is not looked at there, since they pass zeros: that is for the modules here.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -126,7 +128,9 @@ class _RecurrentModule(TensorDictModuleBase):
 
         Raises:
             ValueError: In recurrent mode, if there is no time dimension.
-            KeyError: If there is no input or, for want of an ``InitTracker``, no ``is_init``.
+            KeyError: If there is no input or, for want of an ``InitTracker``, no ``is_init``; or,
+                step by step, no state in the middle of an episode, for want of a primer: nothing
+                would ever be remembered.
         """
         x, state, starts = (
             tensordict[self.in_keys[0]],
@@ -145,6 +149,8 @@ class _RecurrentModule(TensorDictModuleBase):
             # zeros before, for there has to be a state at every step
             state = functional.pad(state.unsqueeze(1), [0, 0] * (state.dim() - 1) + [steps - 1, 0])
         else:
+            if state is None:
+                self._refuse_to_forget(starts)
             output, state = self._run(x, None if state is None else state[:, 0], starts)
         tensordict.set(self.out_keys[0], output.reshape(*shape, output.shape[-1]))
         tensordict.set(self.out_keys[1], state.reshape(*shape, *state.shape[1 + in_sequence :]))
@@ -173,6 +179,15 @@ class _RecurrentModule(TensorDictModuleBase):
         output, last = self._run(x, state.flatten(0, 1)[first], resets, inside)
         ends = (first + lengths) % starts.shape[1] == 0
         return output[inside].unflatten(0, starts.shape), last[ends]
+
+    @torch.compiler.disable  # it looks at data; with a primer it is never called
+    def _refuse_to_forget(self, starts: Tensor) -> None:
+        if not starts.all():
+            raise KeyError(
+                f"no {self.in_keys[1]!r} in the middle of an episode: append "
+                f"{type(self).__name__}.make_tensordict_primer() to the environment's transforms, "
+                "or get_env_transforms_from_module(policy)"
+            )
 
     def _initial_state(self) -> Tensor:
         """Return the state of one element before a sequence starts, (1, ...)."""
@@ -311,6 +326,8 @@ class BackboneModule(_RecurrentModule):
     def __init__(self, backbone: Backbone, **options):
         if not backbone.batch_first:
             raise ValueError("backbone must have batch_first=True")
+        if not backbone.state_shapes:
+            raise ValueError("this backbone remembers nothing: it needs no recurrent module")
         super().__init__(backbone, **options)
 
     def _initial_state(self) -> Tensor:
@@ -320,8 +337,8 @@ class BackboneModule(_RecurrentModule):
         self, x: Tensor, state: Tensor | None, resets: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if state is not None:
-            shapes = [part.shape[1:] for part in self.backbone.initial_state(1)]
-            parts = state.split([shape.numel() for shape in shapes], dim=1)
+            shapes = self.backbone.state_shapes
+            parts = state.split([math.prod(shape) for shape in shapes], dim=1)
             parts = zip(parts, shapes, strict=True)
             state = tuple(part.unflatten(1, shape) for part, shape in parts)
         output, state = self.backbone(x, state, resets=resets, mask=mask)

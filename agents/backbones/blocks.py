@@ -164,6 +164,7 @@ class Backbone(nn.Module):
             for _ in range(num_layers)
         )
         self.to(device=device, dtype=dtype)
+        self.state_shapes = tuple(tuple(part.shape[1:]) for part in self.initial_state(1))
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""
@@ -185,8 +186,16 @@ class Backbone(nn.Module):
         )
 
     def reset_state(self, state: State, mask: Tensor) -> State:
-        """Return ``state`` with the rows where ``mask`` (B,) is True set to the initial state."""
-        fresh = self.initial_state(mask.shape[0])
+        """Return ``state`` with the rows where ``mask`` (B,) is True set to the initial state.
+
+        Raises:
+            ValueError: If the mask is not bool or has another shape, or the state is of another
+                backbone.
+        """
+        batch = state[0].shape[0] if state else len(mask)
+        self._check_state(state, batch)
+        check_flags((batch,), mask=mask)
+        fresh = self.initial_state(batch)
         return tuple(
             torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
             for new, old in zip(fresh, state, strict=True)
@@ -219,7 +228,7 @@ class Backbone(nn.Module):
         Raises:
             TypeError: If x is packed.
             ValueError: If x has another number of axes, or of features, flags are not bool or have
-                another shape, or the state is of another backbone.
+                another shape, or the state is not of B such sequences.
         """
         if isinstance(x, PackedSequence):
             raise TypeError("Backbone takes no PackedSequence: pad it, and pass a mask")
@@ -254,6 +263,8 @@ class Backbone(nn.Module):
         mask: Tensor | None,
         outputs: slice,
     ) -> tuple[Tensor, State]:
+        if state is not None:
+            self._check_state(state, x.shape[0])
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         per_block = 0 if state is None else len(state) // len(self.blocks)
@@ -265,9 +276,10 @@ class Backbone(nn.Module):
             wanted = outputs if index == len(self.blocks) - 1 else ALL
             x, block_state = block(x, before, resets=resets, mask=mask, outputs=wanted)
             after += block_state
-        if state is not None and len(state) != len(after):
-            raise ValueError(
-                f"Backbone: Expected a state of {len(after)} tensors, got {len(state)}: it is of "
-                "another backbone"
-            )
         return x, after
+
+    def _check_state(self, state: State, batch: int) -> None:
+        expected = [(batch, *shape) for shape in self.state_shapes]
+        found = [tuple(part.shape) for part in state]
+        if found != expected:
+            raise ValueError(f"Backbone: Expected a state of shapes {expected}, got {found}")

@@ -178,7 +178,8 @@ class Settings:
         steps: Training steps; by default what d3rlpy's script takes.
         episodes: For each target at the end.
         device: cpu, cuda ...; auto: a GPU if there is one.
-        output: Folder for peer.json; by default runs/DATASET/d3rlpy-ALGORITHM-sSEED.
+        output: Folder for peer.json and d3rlpy's own model.d3; by default
+            runs/DATASET/d3rlpy-ALGORITHM-sSEED.
     """
 
     algorithm: Literal["bc", "dt", "iql", "td3bc"] = "td3bc"
@@ -289,7 +290,7 @@ def describe(peer: Peer, config: TrainConfig) -> str:
 
 
 def main(settings: Settings) -> dict:
-    """Train, evaluate, write peer.json.
+    """Train, write model.d3, evaluate, write peer.json.
 
     Raises:
         ConfigError: If the output is there already, or as :func:`complete_settings`.
@@ -303,9 +304,11 @@ def main(settings: Settings) -> dict:
     episodes = load_dataset(settings.dataset, on_bad_episode=settings.on_bad_episode)
     config = complete_settings(settings, episodes)
     training, _ = episodes.split(config.held_out, config.seed)
+    output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     algorithm = train(peer, training, config.steps, config.seed, choose_device(settings.device))
     seconds = time.perf_counter() - started
+    algorithm.save(str(output / "model.d3"))  # d3rlpy.load_learnable takes it, whatever follows
     targets = config.targets if peer.takes_return else (None,)
     network = getattr(algorithm.impl.modules, peer.network)
     result = {
@@ -322,7 +325,6 @@ def main(settings: Settings) -> dict:
             peer.make_policy(algorithm), config, episodes, targets
         ),
     }
-    output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "peer.json", (json.dumps(result) + "\n").encode())
     return result
 

@@ -353,6 +353,10 @@ def make_agent(environments: gym.vector.VectorEnv, config: Config) -> Agent:
 
 def train(config: Config) -> list[dict[str, float]]:
     """Train, write the learning curve to `config.output` and return its rows."""
+    if config.num_envs % config.num_minibatches:
+        raise ValueError("num_envs must be a multiple of num_minibatches")
+    if config.num_envs // config.num_minibatches * config.num_steps < 2:
+        raise ValueError("a minibatch must have two steps at least, to normalise advantages")
     torch.manual_seed(config.seed)
     environments = make_environments(config)
     agent = make_agent(environments, config)

@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from minrl.agents.backbones.blocks import Backbone
 from minrl.agents.devices import choose_device
+from minrl.agents.files import write_atomically
 from minrl.errors import ConfigError, MinrlError
 
 NOISE = 0
@@ -245,17 +246,22 @@ def plot(rows: Sequence[dict], title: str, path: Path) -> None:
 
 
 def main(settings: Settings) -> list[dict]:
-    """Train every model asked for; print the table, write JSON and picture."""
+    """Train every model asked for; print the table, write JSON and picture.
+
+    The JSON is written anew after each model, so that what stops the next one costs that alone.
+    """
     device = choose_device(settings.device)
     settings = settings.on(device)
     runs = list(product(settings.cells, settings.depths, settings.seeds))
-    rows = [train(settings, cell, depth, seed, device) for cell, depth, seed in runs]
-    print(make_table(rows, settings.length, settings.tokens))
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     chosen = {k: v for k, v in asdict(settings).items() if k not in ("output", "device")}
     where = {"device": device.type, "machine": platform.machine(), "torch": torch.__version__}
+    rows: list[dict] = []
     result = {"task": "selective copying", "settings": chosen, **where, "rows": rows}
-    settings.output.write_text(json.dumps(result, indent=1) + "\n")
+    for cell, depth, seed in runs:
+        rows.append(train(settings, cell, depth, seed, device))
+        write_atomically(settings.output, (json.dumps(result, indent=1) + "\n").encode())
+    print(make_table(rows, settings.length, settings.tokens))
     title = f"selective copying: {settings.tokens} data tokens among {settings.length}"
     plot(rows, title, settings.output.with_suffix(".png"))
     return rows

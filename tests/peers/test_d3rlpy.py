@@ -167,6 +167,10 @@ def test_a_peer_is_trained_on_what_minrl_trains_on_and_plays_its_final_episodes(
     (evaluation,) = result["evaluations"]
     np.testing.assert_allclose(evaluation["returns"], returns, rtol=1e-3)
     assert evaluation["target_return"] is None
+    saved = d3rlpy.load_learnable(str(tmp_path / "model.d3"))
+    np.testing.assert_allclose(
+        saved.predict(observation[None]), algorithm.predict(observation[None])
+    )
     assert result["parameters"] == sum(p.numel() for p in algorithm.impl.policy.parameters())
 
 

@@ -69,6 +69,13 @@ def test_a_study_trains_what_is_missing_and_reports_what_is_there(study, monkeyp
     assert capsys.readouterr().out.count("recall-2-") == 4
 
 
+@pytest.mark.parametrize("cut", ["\r\n64,1,1,", "\r\n64,1,1,1,1,0.", "\r\n128,1,1,1,1,0.1", ""])
+def test_a_line_that_was_cut_off_anywhere_is_left_out(cut, tmp_path):
+    header = "steps,seconds,processor_seconds,episodic_return,rollout_seconds,update_seconds"
+    (tmp_path / "curve.csv").write_text(f"{header}\r\n32,1,1,1,1,0.5{cut}", newline="")
+    assert [row["steps"] for row in curve_of(tmp_path / "curve.csv")] == [32][: len(cut)]
+
+
 @pytest.mark.parametrize("wrong", [{"tasks": ("recall",)}, {"cores": ("rnn",)}])
 def test_unknown_names_are_refused_with_the_known_ones(study, wrong):
     ((field, (name,)),) = wrong.items()

@@ -235,6 +235,20 @@ def test_the_loss_after_a_change_of_weights_is_that_of_the_papers():
         assert any(ratio > 1.1 and good == is_good for ratio, good in ratios)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_envs": 6, "num_minibatches": 4}, "num_envs must be a multiple"),
+        ({"num_envs": 2, "num_minibatches": 4}, "num_envs must be a multiple"),
+        ({"num_envs": 4, "num_minibatches": 4, "num_steps": 1}, "two steps at least"),
+    ],
+)
+def test_minibatches_of_unequal_or_too_few_steps_are_refused(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(Config(output=tmp_path / "curve.csv", **wrong))
+    assert not list(tmp_path.iterdir())
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for():
     agent, collector, config = pieces(
         "mingru", update_epochs=1, num_minibatches=1, max_grad_norm=0.01

@@ -138,8 +138,9 @@ def test_network_acting_equals_training(network, layers):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_network_passes_on_what_its_cell_begins_with(network):
-    core = network(H, memory=100, candidate="tanh", horizon=64).core
-    assert (core.memory, core.candidate) == (100, "tanh")
+    core = network(H, 2, memory=100, candidate="tanh", dropout=0.1, horizon=64).core
+    assert (core.memory, core.candidate, core.dropout) == (100, "tanh", 0.1)
+    assert not network(H, bias=False).core.bias
 
 
 def test_a_minlstm_network_is_given_its_gates_too():
@@ -147,8 +148,20 @@ def test_a_minlstm_network_is_given_its_gates_too():
     assert (core.normalize, core.forget_bias) == (False, 0.0)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_its_trainer_cannot_have_is_refused(wrapper):
-    for name in ("learn_initial_state", "return_cell"):
+@pytest.mark.parametrize("name", ["learn_initial_state", "return_cell"])
+def test_what_its_trainers_cannot_have_is_refused(name):
+    for wrapper in WRAPPERS:
         with pytest.raises(ValueError, match=f"no {name}"):
             make_wrapper(wrapper, **{name: True})
+    for network in NETWORKS:
+        with pytest.raises(ValueError, match=f"no {name}"):
+            network(H, **{name: True})
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_saved_policy_acts_the_same(wrapper):
+    policy, observations = make_wrapper(wrapper, num_layers=2), torch.randn(B, T, *F)
+    restored = make_wrapper(wrapper, num_layers=2, memory=9)
+    restored.load_state_dict(policy.state_dict())
+    for before, after in zip(act(policy, observations), act(restored, observations), strict=True):
+        assert torch.equal(before, after)

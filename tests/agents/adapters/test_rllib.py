@@ -147,6 +147,28 @@ def test_options_that_mean_nothing_to_its_states_are_refused(option):
         make_module("minlstm", core_options={option: True})
 
 
+@pytest.mark.parametrize("options", [{"memory": 200}, {"dropout": 0.1, "use_lstm": True}])
+def test_options_of_the_core_are_not_looked_for_elsewhere(options):
+    with pytest.raises(ValueError, match=f"{min(options)} belong in core_options"):
+        make_module(**options)
+    with pytest.raises(ValueError, match="no use_lstm"):
+        make_module(use_lstm=True)
+    with pytest.raises(ValueError, match="no batch_first"):
+        make_module(core_options={"batch_first": False})
+
+
+@CORES
+def test_a_saved_module_acts_the_same(core, tmp_path):
+    module, observations = make_module(core), torch.randn(3, 6, FEATURES)
+    module.save_to_path(tmp_path)
+    torch.manual_seed(1)
+    restored = MinimalRecurrentModule.from_checkpoint(tmp_path)
+    for before, after in zip(
+        steps_of(module, observations), steps_of(restored, observations), strict=True
+    ):
+        assert torch.equal(before, after)
+
+
 def test_unknown_core_and_image_observations_are_refused():
     with pytest.raises(ValueError, match="core must be one of"):
         make_module("gru")

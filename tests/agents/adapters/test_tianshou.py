@@ -1,4 +1,5 @@
 import importlib
+import pickle
 
 import gymnasium as gym
 import numpy as np
@@ -51,7 +52,7 @@ def test_a_core_is_given_what_it_begins_with():
         make_network(no_such_option=1)
 
 
-@pytest.mark.parametrize("option", ["learn_initial_state", "return_cell"])
+@pytest.mark.parametrize("option", ["batch_first", "learn_initial_state", "return_cell"])
 def test_options_that_mean_nothing_to_its_collectors_are_refused(option):
     with pytest.raises(ValueError, match=f"no {option}"):
         make_network("minlstm", **{option: True})
@@ -89,6 +90,29 @@ def test_stepwise_equals_sequence(core, kind):
     _, state = network(observations[:, :4])
     output_of_parts, _ = network(observations[:, 4:], kind(hidden=state["hidden"].numpy()))
     torch.testing.assert_close(output_of_parts, output)
+
+
+@CORES
+def test_a_network_is_pickled_and_restored_with_its_algorithm(core):
+    network, observations = make_network(core), torch.randn(3, 7, FEATURES)
+    expected, _ = network(observations)
+    other = make_dqn(pickle.loads(pickle.dumps(make_network(core, memory=9))))  # noqa: S301 - ours
+    other.load_state_dict(make_dqn(network).state_dict())
+    assert torch.equal(other.policy.model(observations)[0], expected)
+
+
+def test_observations_of_more_axes_are_flattened():
+    observations = torch.randn(3, 5, 2, 4)
+    network = make_network(state_shape=(2, 4))
+    expected, _ = make_network(state_shape=8)(observations.flatten(2))
+    torch.testing.assert_close(network(observations)[0], expected)
+    one_step, _ = network(observations[:, 0])
+    torch.testing.assert_close(one_step, network(observations[:, :1])[0])
+
+
+def test_a_state_of_another_network_is_refused():
+    with pytest.raises(KeyError, match=r"with 'hidden', got one with \['h'\]"):
+        make_network()(np.zeros((3, FEATURES)), {"h": np.zeros((3, LAYERS, HIDDEN))})
 
 
 @CORES

@@ -51,10 +51,10 @@ def _sequences(shape, starts=0.3, features=4):
 
 def _step_by_step(module, data):
     """Run a step at a time as a rollout does; also store the states, zero where it is reset."""
-    carried, outputs, states = None, [], []
+    outputs, states = [], []
+    initial = module._initial_state()[0]
+    carried = torch.full((*data.batch_size[:-1], *initial.shape), 0.3)
     for step in data.unbind(-1):
-        if carried is None:
-            carried = module(step.copy())[NEXT_STATE].detach().mul(0).add(0.3)
         step = step.copy().set(STATE, carried)
         start = step["is_init"].reshape(*step.batch_size, *[1] * (carried.dim() - step.ndim))
         states.append(torch.where(start, 0.0, carried))
@@ -219,10 +219,21 @@ def test_sequence_without_time_and_primer_without_next_are_refused():
         _in_sequence(module, _sequences(()))
 
 
+def test_a_step_without_a_state_is_the_first_of_an_episode(module):
+    steps = _sequences((4,), starts=1.1)
+    expected = module(steps.copy().set(STATE, torch.zeros(4, *module._initial_state().shape[1:])))
+    torch.testing.assert_close(module(steps.copy())["y"], expected["y"])
+    steps["is_init"][2] = False  # as where no primer carries the state on
+    with pytest.raises(KeyError, match=r"no 'recurrent_state' in the middle.*tensordict_primer"):
+        module(steps)
+
+
 def test_a_core_that_does_not_fit_and_arguments_beside_one_are_refused():
     keys = {"in_key": "x", "out_key": "y"}
     with pytest.raises(ValueError, match="batch_first"):
         BackboneModule(Backbone(8, batch_first=False), **keys)
+    with pytest.raises(ValueError, match="remembers nothing"):
+        BackboneModule(Backbone(8, backbone="mlp"), **keys)
     with pytest.raises(ValueError, match="must be a MinLSTM"):
         MinLSTMModule(lstm=MinGRU(3, 5, batch_first=True), **keys)
     with pytest.raises(ValueError, match="must be a MinGRU"):

@@ -15,7 +15,8 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 import minrl.envs.recall  # noqa: F401 - registers the environment
-from minrl.agents.adapters.torchrl import MinGRUModule, MinLSTMModule
+from minrl.agents.adapters.torchrl import BackboneModule, MinGRUModule, MinLSTMModule
+from minrl.agents.backbones.blocks import Backbone
 
 # torchrl.collectors warns, when it is imported, of a deprecated class that it defines itself.
 pytestmark = pytest.mark.filterwarnings("ignore:Creating .*WeightUpdater:DeprecationWarning")
@@ -26,12 +27,14 @@ STATE, NEXT_STATE = "recurrent_state", ("next", "recurrent_state")
 class Learner:
     """TorchRL's recurrent PPO on Recall: actor and critic on one core, its collector and losses."""
 
-    def __init__(self, recurrent, *, environments=8, steps=24, total=-1, cues=4, length=4):
+    def __init__(
+        self, recurrent, *, environments=8, steps=24, total=-1, cues=4, length=4, width=32
+    ):
         from torchrl.collectors import Collector
 
-        core = self.core = recurrent(cues + 1, 32, in_key="observation", out_key="embedding")
-        policy = MLP(in_features=32, out_features=cues, num_cells=[])
-        value = MLP(in_features=32, out_features=1, num_cells=[])
+        core = self.core = recurrent(cues + 1, width, in_key="observation", out_key="embedding")
+        policy = MLP(in_features=width, out_features=cues, num_cells=[])
+        value = MLP(in_features=width, out_features=1, num_cells=[])
         self.actor = ProbabilisticActor(
             TensorDictSequential(core, TensorDictModule(policy, ["embedding"], ["logits"])),
             in_keys=["logits"],
@@ -77,10 +80,31 @@ class Learner:
         return (batch["next", "reward"].sum() / ends.sum()).item()
 
 
-def test_state_is_in_resets_and_carries_over_in_a_rollout():
-    learner = Learner(lambda *sizes, **keys: MinGRUModule(*sizes, 2, **keys), length=3)
+def _learned(*sizes, **keys):
+    module = MinGRUModule(*sizes, learn_initial_state=True, **keys)
+    torch.nn.init.normal_(module.gru.bias_h0)
+    return module
+
+
+def _backbone(features, width, **keys):
+    """A Backbone has the width of its input: the observation's, here."""
+    return BackboneModule(Backbone(features, 2, convolution=3), **keys)
+
+
+RECURRENT = {
+    "mingru": (lambda *sizes, **keys: MinGRUModule(*sizes, 2, **keys), (2, 32)),
+    "minlstm": (MinLSTMModule, (1, 32)),
+    "learned initial state": (_learned, (1, 32)),
+    "backbone": (_backbone, (2 * (5 + 2 * 5),)),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_state_is_in_resets_and_carries_over_in_a_rollout(kind):
+    recurrent, state_shape = RECURRENT[kind]
+    learner = Learner(recurrent, length=3, width=5 if kind == "backbone" else 32)
     environment = learner.environment
-    assert environment.reset()[STATE].shape == (8, 2, 32)
+    assert environment.reset()[STATE].shape == (8, *state_shape)
     rollout = environment.rollout(12, learner.actor, break_when_any_done=False)
     starts = rollout["is_init"].squeeze(-1)
     assert starts.nonzero()[:, 1].unique().tolist() == [0, 5, 10]

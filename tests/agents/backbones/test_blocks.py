@@ -321,8 +321,25 @@ def test_unknown_backbones_and_states_of_others_are_refused():
         Backbone(8, 0)
     for layers, others in ((2, 4), (4, 2)):
         state = Backbone(8, num_layers=others).initial_state(2)
-        with pytest.raises(ValueError, match=f"Expected a state of {layers} tensors, got {others}"):
+        with pytest.raises(ValueError, match=r"Expected a state of shapes \[\(2, 8\).*, got \[\("):
             Backbone(8, num_layers=layers)(torch.zeros(2, 3, 8), state)
+
+
+@every_backbone
+def test_states_of_other_batches_and_masks_of_other_shapes_are_refused(kind):
+    backbone, x = make(kind), make_inputs()[0]
+    state = backbone.initial_state(len(x))
+    if state:
+        for wrong in (backbone.initial_state(len(x) + 1), state[:-1]):
+            with pytest.raises(ValueError, match="Expected a state of shapes"):
+                backbone(x, wrong)
+            with pytest.raises(ValueError, match="Expected a state of shapes"):
+                backbone.step(x[:, 0], wrong)
+            with pytest.raises(ValueError, match=r"Expected a state of shapes|mask must be bool"):
+                backbone.reset_state(wrong, torch.ones(len(x), dtype=torch.bool))
+        for mask in (torch.ones(1) == 1, torch.ones(len(x)), torch.ones(len(x), 1) == 1, [True]):
+            with pytest.raises(ValueError, match=rf"mask must be bool of \({len(x)},\), not "):
+                backbone.reset_state(state, mask)
 
 
 def test_a_backbone_says_what_wrappers_ask_a_recurrent_layer():

@@ -292,6 +292,23 @@ def test_no_gradient_crosses_a_reset(make, batch_first):
 
 
 @each_cell
+def test_cleanrls_loop_over_steps_equals_one_pass_with_resets(make):
+    """As in its ppo_atari_lstm.py: one step a call, the state times 1 - done."""
+    core, x = make(3, 5, 2), draw(9, 4, 3)
+    dones = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) < 0.3
+    first = state = draw_state(make, 2, 4, 5)
+    outputs = []
+    for hidden, done in zip(x, dones, strict=True):
+        keep = (1.0 - done.float()).view(1, -1, 1)
+        kept = keep * state if isinstance(state, torch.Tensor) else tuple(keep * h for h in state)
+        output, state = core(hidden.unsqueeze(0), kept)
+        outputs.append(output)
+    together, last = core(x, first, resets=dones)
+    torch.testing.assert_close(together, torch.cat(outputs))
+    torch.testing.assert_close(last, state)
+
+
+@each_cell
 def test_masks_and_resets_agree_on_the_same_episodes(make):
     """Two episodes in a row with a reset between, and each padded on its own with a mask."""
     cell = make(3, 5, 2, batch_first=True)
