@@ -18,9 +18,20 @@ REFERENCE_SCORES: dict[str, tuple[float, float]] = {
     "walker2d": (1.629008, 4592.3),
 }
 """Undiscounted return over at most 1,000 steps of a (random, expert) policy, by task."""
+_TASKS = "|".join(REFERENCE_SCORES)
+_LEVELS = "random|simple|medium|expert|medium-replay|medium-expert|full-replay"
 _OF_D4RL = re.compile(
-    rf"(?:(?:minrl|mujoco|d4rl)/)?({'|'.join(REFERENCE_SCORES)})(?:[/-].*)?", re.IGNORECASE
+    rf"(?:minrl|mujoco|d4rl)/({_TASKS})/.*|({_TASKS})(?:-(?:{_LEVELS}))?(?:-v\d+)?", re.IGNORECASE
 )
+
+
+def d4rl_task(name: str) -> str | None:
+    """Return the task of D4RL that an environment or dataset id speaks of, as "hopper"; or None.
+
+    Others may have hoppers too, with other rewards: ``dm_control/hopper-hop-v0`` is none of these.
+    """
+    found = _OF_D4RL.fullmatch(name)
+    return found and (found[1] or found[2]).lower()
 
 
 def reference_scores(name: str) -> tuple[float, float]:
@@ -41,8 +52,8 @@ def reference_scores(name: str) -> tuple[float, float]:
         raise EnvError(
             f"reference scores are known by a name such as 'Hopper-v5', not {name!r:.50}"
         )
-    if found := _OF_D4RL.fullmatch(name):
-        return REFERENCE_SCORES[found[1].lower()]
+    if task := d4rl_task(name):
+        return REFERENCE_SCORES[task]
     raise EnvError(
         f"no reference scores are known for {name!r}, so its returns cannot be normalised; "
         f"they are known for {', '.join(sorted(REFERENCE_SCORES))}"

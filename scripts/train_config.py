@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +12,7 @@ from minrl.agents.field_types import wrong_types
 from minrl.agents.model_config import BEFORE_THE_CHOICE, ModelConfig, ignored_fields
 from minrl.agents.training import OptimizationConfig
 from minrl.data.validate import OnBadEpisode
+from minrl.envs.scores import d4rl_task
 from minrl.errors import ConfigError
 
 DEFAULT_DATASET = "minrl/hopper/medium-expert-v0"
@@ -235,6 +236,12 @@ class TrainConfig:
                     f"{name.replace('_', '-')} is {_as_given(old)} in this run and cannot be "
                     f"{_as_given(new)} when it is resumed; only {can} can change"
                 )
+        if changed.steps != self.steps and self.optimization.schedule == "cosine":
+            warnings.warn(
+                f"the learning rate goes on as if this run had been one of {changed.steps:,} steps "
+                f"from the start, not of {self.steps:,}: after a finished run it rises again",
+                stacklevel=2,
+            )
         return dataclasses.replace(self, **{name: getattr(changed, name) for name in free})
 
 
@@ -271,10 +278,8 @@ def ignored_settings(settings: dict[str, Any]) -> set[str]:
 
 def task_of(dataset: str) -> tuple[str | None, str | None]:
     """Return robot and level named in a dataset id: ("hopper", "medium-replay"), else None."""
-    words = re.split(r"[^a-z0-9]+", dataset := dataset.lower())
-    robot = next((name for name in PAPER_TARGETS if name in words), None)
-    level = next((x for x in ("medium-replay", "medium-expert", "medium") if x in dataset), None)
-    return robot, level
+    levels = ("medium-replay", "medium-expert", "medium")
+    return d4rl_task(dataset), next((x for x in levels if x in dataset.lower()), None)
 
 
 def quick(dataset: tuple[str, ...] = (DEFAULT_DATASET,), backbone: str = "mingru") -> TrainConfig:

@@ -164,7 +164,11 @@ class Backbone(nn.Module):
             for _ in range(num_layers)
         )
         self.to(device=device, dtype=dtype)
-        self.state_shapes = tuple(tuple(part.shape[1:]) for part in self.initial_state(1))
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the state's tensors, without their first axis, the batch."""
+        return tuple(tuple(part.shape[1:]) for part in self.initial_state(1))
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no cuDNN buffer to flatten; callers of ``nn.GRU`` may ask."""

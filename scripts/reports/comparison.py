@@ -184,13 +184,13 @@ def _acting_rows(method: Method, cells: list[dict]) -> list[dict[str, Any]]:
     ways = dict.fromkeys(way for cell in cells for way in cell["acting"])
     for way in ways:
         usual = str(cells[0]["refresh_every"])
-        if way != usual:
+        names = [way_to_act(int(each), method.family) for each in (way, usual)]
+        if names[0] != names[1]:
             changed = {cell["task"]: cell["acting"][way] for cell in cells if way in cell["acting"]}
             base = {cell["task"]: cell["last"] for cell in cells}
             pairs = _pairs(changed, base)
-            change = f"acting {way_to_act(int(way), method.family)}"
-            usual = way_to_act(int(usual), method.family)
-            rows.append({"method": method.name, "change": change, "usual": usual, **pairs})
+            change = f"acting {names[0]}"
+            rows.append({"method": method.name, "change": change, "usual": names[1], **pairs})
     return rows
 
 

@@ -82,6 +82,8 @@ def settings_of(run: Run) -> dict[str, Any]:
     """Return the settings that make a run's method: of those that are looked at."""
     other = ignored_settings(run.settings).union(NOT_THE_METHOD)
     settings = {name: value for name, value in run.settings.items() if name not in other}
+    if settings["tokens"] == "observation":
+        settings.pop("targets")  # nobody tells it what is asked for
     if settings["match_parameters"] is not None:
         settings.pop("width")  # it was chosen to match
     window = run.settings["burn_in"] + run.settings["context"]
@@ -137,10 +139,11 @@ def _usual(
     """Return the usual value of a setting by task, which a failed run does not change.
 
     Where runs differ it is the preset's value, if some have that, else the commonest of the whole
-    family, as where there is none. The preset's value does not count where the report is about
-    another: a run of a user's beside a study that was made with fewer steps must not take the name
-    from the study's. A task where all have one value may have it for a reason, and keeps it, unless
-    that is the value of a variant elsewhere: then the runs with the usual one failed here.
+    family, as where there is none, or of the task, if it has none with that. The preset's value
+    does not count where the report is about another: a run of a user's beside a study that was made
+    with fewer steps must not take the name from the study's. A task where all have one value may
+    have it for a reason, and keeps it, unless that is the value of a variant elsewhere: then the
+    runs with the usual one failed here.
 
     Args:
         on_tasks: By task, how many runs have each value, without those in which it was varied.
@@ -155,6 +158,8 @@ def _usual(
         if presets[task] in values
         and report[task][commonest] < OUTNUMBERED * report[task][presets[task]]
         else commonest
+        if commonest in values
+        else max(values, key=values.get)
         for task, values in on_tasks.items()
         if len(values) > 1
     }

@@ -138,11 +138,15 @@ def _left_out(study: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
     if comparison["left_out_methods"]:
         names = ", ".join(comparison["left_out_methods"])
         notes.append(f"{of}: without {names}, which have too few of the tasks.")
-    for name, values in comparison["last"].items():
+    found = [
+        (checkpoint, *item) for checkpoint in TITLES for item in comparison[checkpoint].items()
+    ]
+    for checkpoint, name, values in found:
         if values["seeds"] < values["seeds_at_most"]:
             notes.append(
-                f"{of}: of {name} only the first {counted(range(values['seeds']), 'seed')} of each "
-                "task, since it has no more on some: so no task weighs more."
+                f"{of}, {checkpoint} checkpoints: of {name} only the first "
+                f"{counted(range(values['seeds']), 'seed')} of each task, since it has no more on "
+                "some: so no task weighs more."
             )
     return notes
 

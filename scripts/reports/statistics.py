@@ -15,6 +15,7 @@ import numpy as np
 from minrl.envs.evaluation import student_t_quantile
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9  # of a mean: what differs by less is equal
 REPETITIONS = 5000
 BOOTSTRAP_SEED = 0
 
@@ -84,20 +85,22 @@ def student_interval(scores: Scores) -> tuple[float, float] | None:
         scores: By task, (runs,).
 
     Returns:
-        Lower and upper end; None if some task has a single run, whose spread nobody knows.
+        Lower and upper end; None if some task has a single run, whose spread nobody knows, or all
+        runs of each task are equal, which says as little.
     """
     if any(len(task) < 2 for task in scores):
         return None
     mean = float(mean_over_tasks(scores))
     squares = [task.var(ddof=1) / len(task) for task in scores]
-    if not sum(squares):
-        return mean, mean
+    error = math.sqrt(sum(squares)) / len(scores)
+    if error <= ROUNDING * abs(mean):
+        return None
     shares = (
         (square / sum(squares)) ** 2 / (len(task) - 1)
         for square, task in zip(squares, scores, strict=True)
     )
     degrees = round(1 / sum(shares), 3)  # quantiles are kept, by their arguments
-    half = student_t_quantile(CONFIDENCE, degrees) * math.sqrt(sum(squares)) / len(scores)
+    half = student_t_quantile(CONFIDENCE, degrees) * error
     return mean - half, mean + half
 
 

@@ -31,6 +31,9 @@ def test_environment_and_dataset_ids_find_their_task(name, task):
         "mujoco/ant/medium-v0",
         "dm_control/hopper-hop-v0",
         "mo-hopper-v5",
+        "Hopper-sparse-v0",
+        "Walker2d-Hard-v0",
+        "Hopper/backflip-v1",
         "",
     ],
 )

@@ -17,7 +17,10 @@ from minrl.errors import CheckpointError
 from minrl.scripts.run_folder import RunFolder
 from minrl.scripts.train import train
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:the learning rate goes on as if"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -69,12 +69,14 @@ def test_a_longer_resumed_run_is_still_longer_the_next_time(hopper_id, tmp_path)
     train(make_config(hopper_id, path, steps=4, eval_episodes=0, final_episodes=0))
     run = RunFolder(path)
     assert run.is_finished()
-    train(dataclasses.replace(run.read_config(), steps=6), resume=path)
+    with pytest.warns(UserWarning, match="one of 6 steps from the start, not of 4: .* rises again"):
+        train(dataclasses.replace(run.read_config(), steps=6), resume=path)
     assert run.read_config().steps == 6
     assert run.checkpoints.last() == 6
     assert run.is_finished()
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate goes on as if")
 def test_a_run_is_not_resumed_to_an_earlier_step(finished):
     run = RunFolder(finished)
     with pytest.raises(ConfigError, match="is at step 12 already: steps must be at least that"):
@@ -103,6 +105,7 @@ def test_resume_falls_back_when_the_last_checkpoint_is_damaged(finished, hopper_
     assert all(torch.equal(resumed[name], value) for name, value in weights_of(finished).items())
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate goes on as if")
 def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monkeypatch):
     path = tmp_path / "run"
     train(make_config(hopper_id, path, final_episodes=0))
@@ -126,6 +129,7 @@ def test_resume_refuses_other_data_and_other_settings(hopper_id, tmp_path, monke
         train(dataclasses.replace(config, steps=20), resume=path)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate goes on as if")
 def test_what_the_data_decided_need_not_be_repeated(hopper_id, tmp_path):
     begun = make_config(hopper_id, None, final_episodes=0, match_parameters=5_000)
     path = train(dataclasses.replace(begun, run_dir=tmp_path / "run"))

@@ -38,12 +38,12 @@ def test_presets_are_the_published_recipes():
         config.check()
 
 
-def test_tasks_are_whole_words_of_an_id():
+def test_tasks_are_those_that_d4rl_has():
     assert task_of("d4rl/Hopper/medium-replay-v2") == ("hopper", "medium-replay")
     assert task_of("Walker2d-v5") == ("walker2d", None)
-    assert task_of("me/my_halfcheetah/medium-v0") == ("halfcheetah", "medium")
+    assert task_of("halfcheetah-medium-v2") == ("halfcheetah", "medium")
     assert task_of("me/grasshopper/random-v0") == (None, None)
-    assert paper(("me/grasshopper/random-v0",)).targets == ()
+    assert paper(("dm_control/hopper-hop-v0",)).targets == ()  # its rewards are others
 
 
 def test_configuration_survives_its_json():

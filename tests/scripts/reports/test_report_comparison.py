@@ -150,6 +150,26 @@ def test_other_ways_to_act_are_ablations_and_not_scores(write_run, tmp_path):
     assert row["interval"] == pytest.approx([2.0 - 12.7062, 2.0 + 12.7062], rel=1e-4)
 
 
+def test_without_memory_there_are_no_ways_to_act(write_run, tmp_path):
+    observation = {"backbone": "mlp", "model": {"tokens": "observation"}}
+    for seed in (0, 1):
+        also = [("last", 4, 3600.0, 50.0, 1)]
+        write_run(f"bc-s{seed}", constant(50.0), seed=seed, also=also, **observation)
+    assert study_of(tmp_path)["ablations"] == []
+
+
+def test_a_best_checkpoint_that_was_not_evaluated_is_no_secret(write_run, tmp_path):
+    for dataset in (HOPPER, WALKER):
+        for seed in (0, 1):
+            path = write_run(f"mingru-s{seed}", lambda step: -step, dataset=dataset, seed=seed)
+    file = path / "evaluations.jsonl"
+    lines = [line for line in file.read_text().splitlines() if '"best"' not in line]
+    file.write_text("\n".join(lines) + "\n")
+    notes = overview(study_of(tmp_path) | {"latency": None}).notes
+    assert any("best checkpoints: of mingru only the first 1 seed of each task" in n for n in notes)
+    assert not any("last checkpoints: of mingru only" in note for note in notes)
+
+
 def test_the_same_seed_does_not_count_twice(write_run, tmp_path):
     write_run("a-s0", constant(50.0))
     write_run("b-s0", constant(70.0))

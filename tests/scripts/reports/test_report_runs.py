@@ -328,6 +328,19 @@ def test_what_all_runs_of_a_task_have_is_usual_there(write_run, tmp_path):
     assert names(tmp_path)[1] == ["mingru"]
 
 
+def test_other_targets_on_one_task_take_no_name_from_a_study(write_run, tmp_path):
+    studied = {"minrl/hopper/medium-v0": (2900.0, 1110.0), OTHER: (4600.0, 900.0)}
+    for seed in range(4):
+        for dataset, targets in studied.items():
+            if seed < 3 or dataset == OTHER:  # whose targets are then the commonest of all
+                write_run(f"mingru-s{seed}", dataset=dataset, seed=seed, targets=targets)
+    write_run("mine-s0", targets=(2890.0, 1110.0))
+    observation = {"backbone": "mlp", "model": {"tokens": "observation"}}
+    for seed in (0, 1):  # who is told no return has no other method by asking for another
+        write_run(f"bc-s{seed}", seed=seed, targets=(2890.0 + seed, 1110.0), **observation)
+    assert names(tmp_path)[1] == ["mingru", "mingru, targets=2890 1110", "BC"]
+
+
 def test_other_targets_are_another_method(write_run, tmp_path):
     write_run("a-s0")
     write_run("b-s0", targets=(1800.0, 900.0))

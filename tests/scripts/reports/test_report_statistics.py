@@ -102,7 +102,7 @@ def test_the_interval_of_a_mean_over_tasks_is_welchs(runs):
 
 
 def test_the_interval_of_a_mean_of_equal_or_single_runs():
-    assert student_interval([np.array([2.0, 2.0]), np.array([4.0, 4.0])]) == (3.0, 3.0)
+    assert student_interval([np.array([2.0, 2.0]), np.array([4.0, 4.0])]) is None
     assert student_interval([np.array([1.0, 2.0]), np.array([3.0])]) is None
 
 
