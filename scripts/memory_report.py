@@ -47,7 +47,7 @@ def _curve_over_seeds(rows_per_seed: list[list[dict[str, float]]]) -> dict[str, 
     chosen = np.linspace(0, len(rows_per_seed[0]) - 1, count).round().astype(int)
     over_seeds = {
         name: np.array([[rows[index][name] for index in chosen] for rows in rows_per_seed])
-        for name in ("steps", "seconds", "episodic_return")
+        for name in ("steps", "processor_seconds", "episodic_return")
     }
     returns = over_seeds.pop("episodic_return")
     return {
@@ -106,7 +106,11 @@ def measure_updates() -> dict[str, dict[str, float]]:
 
 
 def draw(tasks: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw mean returns with their range over the seeds: against steps above, time below."""
+    """Draw mean returns with their range over the seeds: against steps above, time below.
+
+    A run has one thread, so that processor time is the wall time on a core of its own; of what else
+    a machine does it says far less.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(8.4, 3.6 * len(tasks)), 6.4), layout="constrained")
@@ -115,7 +119,7 @@ def draw(tasks: dict[str, dict[str, Any]], path: Path) -> None:
     for column, (task, cores) in enumerate(tasks.items()):
         for core, summary in cores.items():
             curve, contestant = summary["curve"], CORES[core]
-            for axis, name in zip(axes[:, column], ("steps", "seconds"), strict=True):
+            for axis, name in zip(axes[:, column], ("steps", "processor_seconds"), strict=True):
                 (line,) = axis.plot(curve[name], curve["mean"], color=contestant.colour)
                 axis.fill_between(
                     curve[name],
@@ -129,7 +133,7 @@ def draw(tasks: dict[str, dict[str, Any]], path: Path) -> None:
         axes[0, column].set_title(TASKS[task].title, fontsize=10)
         axes[0, column].set_xlabel("environment steps")
         axes[0, column].xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:g}k")
-        axes[1, column].set_xlabel("wall time (s), one thread")
+        axes[1, column].set_xlabel("time of one core (s)")
         for axis in axes[:, column]:
             if (chance := TASKS[task].without_memory) is not None:
                 line = axis.axhline(chance, color="tab:red", linestyle=":", linewidth=1)
@@ -150,15 +154,15 @@ def draw(tasks: dict[str, dict[str, Any]], path: Path) -> None:
 
 def print_returns(tasks: dict[str, dict[str, Any]]) -> None:
     """Print the summaries by task and core as Markdown."""
-    print("\n| task | core | return, mean (each seed) | steps | wall time s | updates s |")
-    print("|---|---|---|---|---|---|")
+    print("\n| task | core | return, mean (each seed) | steps | processor s | wall s | updates s |")
+    print("|---|---|---|---|---|---|---|")
     for task, cores in tasks.items():
         for core, summary in cores.items():
             each = ", ".join(f"{value:.3g}" for value in summary["final_returns"])
             print(
                 f"| {task} | {CORES[core].title} | {summary['final_return_mean']:.3g} ({each}) "
-                f"| {summary['steps']:.0f} | {summary['seconds']:.1f} "
-                f"| {summary['update_seconds']:.1f} |"
+                f"| {summary['steps']:.0f} | {summary['processor_seconds']:.1f} "
+                f"| {summary['seconds']:.1f} | {summary['update_seconds']:.1f} |"
             )
 
 
