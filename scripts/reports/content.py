@@ -135,18 +135,15 @@ def _findings(study: dict[str, Any]) -> list[str]:
     if len(scores) == 1 or scores[best]["iqm_interval"] is None:
         return []
     low, high = scores[best]["iqm_interval"]
-    equals = [name for name in scores if name != best and scores[name]["iqm"] >= low]
-    text = (
-        f"Highest interquartile mean of last checkpoints: {best}, {scores[best]['iqm']:.1f} % "
-        f"(95 % interval {low:.1f} to {high:.1f}). "
-    )
+    highest = {
+        name: (values["iqm_interval"] or (0, values["iqm"]))[1] for name, values in scores.items()
+    }
+    equals = [name for name in scores if name != best and highest[name] >= low]
+    others = f"The intervals of {', '.join(equals)} reach" if equals else "No other reaches"
     return [
-        text
-        + (
-            f"Inside its interval: {', '.join(equals)}."
-            if equals
-            else "No other method lies inside it."
-        )
+        f"Highest interquartile mean of last checkpoints: {best}, {scores[best]['iqm']:.1f} % "
+        f"(95 % interval {low:.1f} to {high:.1f}; with few runs it is too narrow). {others} into "
+        "this one."
     ]
 
 
