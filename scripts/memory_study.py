@@ -134,7 +134,7 @@ def report(study: Study) -> None:
         "update": _updates_in(file) if study.report_only else memory_report.measure_updates(),
     }
     study.results.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, (json.dumps(rounded(result), indent=1) + "\n").encode())
+    write_atomically(file, (json.dumps(rounded(result)) + "\n").encode())
     if rows:
         memory_report.draw(result["tasks"], study.results / "memory.png")
     memory_report.print_returns(result["tasks"])
